@@ -1,0 +1,121 @@
+"""The codecs as `torch.library` operators `lightning_actmem::*`, so that compilers and fake tensors see through them.
+
+Each runs the reference or Triton as its `backend` argument says; both return the same bits. The operators have no
+derivative: what they return is stored for backward, not differentiated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from .reference import integer
+
+_GRID_ENCODE = "(Tensor flat, int bits, int group_size, str rounding, int key, str backend) -> (Tensor, Tensor)"
+_GRID_DECODE = (
+    "(Tensor codes, Tensor grid, int bits, str rounding, int key, SymInt numel, ScalarType dtype, str backend)"
+    " -> Tensor"
+)
+
+_library: Any = torch.library.Library("lightning_actmem", "DEF")
+
+_Args = ParamSpec("_Args")
+_Result = TypeVar("_Result")
+_Pair = tuple[Tensor, Tensor]
+
+
+@lru_cache
+def _codec(name: str, backend: str) -> ModuleType:
+    # Imported when first used: the package must import where Triton is not installed.
+    return import_module(f"{__package__}.{'triton' if backend == 'triton' else 'reference'}.{name}")
+
+
+def _register(
+    name: str, schema: str, run: Callable[_Args, _Result], fake: Callable[_Args, _Result]
+) -> Callable[_Args, _Result]:
+    """Define one operator and return its overload, which skips the overload lookup of a plain `torch.ops` call."""
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lightning_actmem::{name}", fake, lib=_library)
+    overload: Callable[_Args, _Result] = getattr(torch.ops.lightning_actmem, name).default
+    return overload
+
+
+def _grid_encode(codec: str) -> Callable[[Tensor, int, int, str, int, str], _Pair]:
+    def run(flat: Tensor, bits: int, group_size: int, rounding: str, key: int, backend: str) -> _Pair:
+        payload: _Pair = _codec(codec, backend).encode(flat, bits, group_size, rounding, key)
+        return payload
+
+    return run
+
+
+def _grid_decode(codec: str) -> Callable[[Tensor, Tensor, int, str, int, int, torch.dtype, str], Tensor]:
+    def run(
+        codes: Tensor, grid: Tensor, bits: int, rounding: str, key: int, numel: int, dtype: torch.dtype, backend: str
+    ) -> Tensor:
+        flat: Tensor = _codec(codec, backend).decode(codes, grid, bits, rounding, key, numel, dtype)
+        return flat
+
+    return run
+
+
+def _grid_encode_fake(meta_dtype: torch.dtype) -> Callable[[Tensor, int, int, str, int, str], _Pair]:
+    def fake(flat: Tensor, bits: int, group_size: int, rounding: str, key: int, backend: str) -> _Pair:
+        groups = (flat.numel() + group_size - 1) // group_size
+        codes = flat.new_empty((groups, bits, group_size // 8), dtype=torch.uint8)
+        return codes, flat.new_empty((groups,), dtype=meta_dtype)
+
+    return fake
+
+
+def _grid_decode_fake(
+    codes: Tensor, grid: Tensor, bits: int, rounding: str, key: int, numel: int, dtype: torch.dtype, backend: str
+) -> Tensor:
+    return codes.new_empty((numel,), dtype=dtype)
+
+
+def _mask_encode(flat: Tensor, backend: str) -> Tensor:
+    packed: Tensor = _codec("mask", backend).encode(flat)
+    return packed
+
+
+def _mask_encode_fake(flat: Tensor, backend: str) -> Tensor:
+    return flat.new_empty(((flat.numel() + 7) // 8,), dtype=torch.uint8)
+
+
+def _mask_decode(packed: Tensor, numel: int, backend: str) -> Tensor:
+    flat: Tensor = _codec("mask", backend).decode(packed, numel)
+    return flat
+
+
+def _mask_decode_fake(packed: Tensor, numel: int, backend: str) -> Tensor:
+    return packed.new_empty((numel,), dtype=torch.bool)
+
+
+def _integer_encode_fake(flat: Tensor, bits: int) -> Tensor:
+    return flat.new_empty((flat.numel(),), dtype=integer.STORAGE[bits])
+
+
+def _integer_decode_fake(narrow: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    return narrow.new_empty((narrow.numel(),), dtype=dtype)
+
+
+uniform_encode = _register("uniform_encode", _GRID_ENCODE, _grid_encode("uniform"), _grid_encode_fake(torch.int32))
+uniform_decode = _register("uniform_decode", _GRID_DECODE, _grid_decode("uniform"), _grid_decode_fake)
+relu_encode = _register("relu_encode", _GRID_ENCODE, _grid_encode("relu"), _grid_encode_fake(torch.int16))
+relu_decode = _register("relu_decode", _GRID_DECODE, _grid_decode("relu"), _grid_decode_fake)
+mask_encode = _register("mask_encode", "(Tensor flat, str backend) -> Tensor", _mask_encode, _mask_encode_fake)
+mask_decode = _register(
+    "mask_decode", "(Tensor packed, SymInt numel, str backend) -> Tensor", _mask_decode, _mask_decode_fake
+)
+# One dtype cast each way, which PyTorch runs as one kernel: there is nothing for Triton to add.
+integer_encode = _register("integer_encode", "(Tensor flat, int bits) -> Tensor", integer.encode, _integer_encode_fake)
+integer_decode = _register(
+    "integer_decode", "(Tensor narrow, int bits, ScalarType dtype) -> Tensor", integer.decode, _integer_decode_fake
+)

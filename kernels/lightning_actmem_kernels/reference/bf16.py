@@ -1,0 +1,53 @@
+"""float32 rounded outward to bfloat16 by integer operations on the bits.
+
+A grid whose minimum is rounded down and whose step is rounded up still covers its group, so codes need no clamp.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Up to here 1 / step is a normal number, which no device or mode flushes to zero.
+LARGEST_STEP = 2.0**126
+HIGH_HALF = -0x10000
+LOW_HALF = 0xFFFF
+NAN_BITS = 0x7FC00000
+SMALLEST_NORMAL_BITS = 0x00800000
+
+
+def round_down(x: Tensor) -> Tensor:
+    """Largest bfloat16 not above x.
+
+    Args:
+        x: float32, any shape.
+
+    Returns:
+        int32, the bits of a float32 whose low half is zero; -0.0 becomes 0.0.
+    """
+    bits = (x + 0.0).view(torch.int32)
+    # Towards -inf is away from zero where the sign bit is set: there bits >> 31 is all ones.
+    return (bits + ((bits >> 31) & LOW_HALF)) & HIGH_HALF
+
+
+def step_bits(span: Tensor, intervals: int) -> Tensor:
+    """Smallest bfloat16 step of which `intervals` cover `span`: 0, or in [2**-126, 2**126], or NaN beyond.
+
+    Args:
+        span: float32, non-negative, or non-finite where the group is.
+        intervals: Steps between the lowest and the highest level.
+
+    Returns:
+        int32, the bits of a float32 whose low half is zero.
+    """
+    # By a tensor: CUDA divides by a Python number by multiplying with its reciprocal.
+    step = span / torch.full_like(span, intervals)
+    rounded_up = (step.view(torch.int32) + LOW_HALF) & HIGH_HALF
+    # A denormal step could not be inverted: 1 / step would be inf.
+    rounded_up = torch.where(span > 0, rounded_up.clamp_min(SMALLEST_NORMAL_BITS), 0)
+    return torch.where(step <= LARGEST_STEP, rounded_up, NAN_BITS)
+
+
+def inverse(step: Tensor) -> Tensor:
+    """1 / step, and 0 where the step is 0 or NaN."""
+    return torch.where(step > 0, step.reciprocal(), 0.0)

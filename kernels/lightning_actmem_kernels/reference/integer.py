@@ -1,0 +1,51 @@
+"""Integers in the narrowest width that holds them, on the caller's word: checking would synchronise with the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+STORAGE = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
+
+
+def integer_bits(bound: int) -> int | None:
+    """The narrowest width for values in [0, bound).
+
+    Args:
+        bound: One more than the largest value.
+
+    Returns:
+        8, 16 or 32, or None when 32 bits do not suffice.
+    """
+    return next((bits for bits in STORAGE if bound <= 1 << bits), None)
+
+
+def encode(flat: Tensor, bits: int) -> Tensor:
+    """Keep the low bits of each value.
+
+    Args:
+        flat: Integer [n] with values in [0, 2**bits).
+        bits: 8, 16 or 32; at most the width of flat's dtype.
+
+    Returns:
+        uint8, int16 or int32 [n].
+    """
+    return flat.to(STORAGE[bits], copy=True)
+
+
+def decode(narrow: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """Restore what `encode` kept.
+
+    Args:
+        narrow: uint8, int16 or int32 [n].
+        bits: As given to `encode`.
+        dtype: int16, int32 or int64.
+
+    Returns:
+        Integer [n] of that dtype.
+    """
+    wide = narrow.to(dtype, copy=True)
+    if 8 < bits < 8 * dtype.itemsize:
+        # Storage is signed: values of the upper half come back negative.
+        wide.bitwise_and_((1 << bits) - 1)
+    return wide

@@ -1,0 +1,100 @@
+"""What a codec is asked to do, and exactly how many bytes it will take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+WIDTHS: dict[str, tuple[int, ...]] = {
+    "identity": (32,),
+    "uniform": (1, 2, 3, 4, 8),
+    "relu": (2, 3, 4, 8),
+    "mask": (1,),
+    "two_valued": (1,),
+    "integer": (8, 16, 32),
+}
+GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
+ROUNDINGS = ("dither", "stochastic", "nearest")
+LOSSLESS = frozenset({"identity", "mask", "two_valued", "integer"})
+
+
+def _one_of(choices: Sequence[object]) -> str:
+    *most, last = (str(choice) for choice in choices)
+    return f"{', '.join(most)} or {last}"
+
+
+@dataclass(frozen=True)
+class CodecSpec:
+    """A codec with its parameters; hashable, so it can key a table.
+
+    Args:
+        codec: `uniform` (per-group min-max grid), `relu` (grid whose level 0 is exactly zero), `mask` (bool),
+            `two_valued` (float in {0, s}), `integer` (lossless narrowing) or `identity` (a copy).
+        bits: Bits per element. uniform: 1, 2, 3, 4, 8; relu: 2, 3, 4, 8; integer: 8, 16, 32. The other codecs have
+            one width (identity 32, mask and two_valued 1) and set it whatever is given.
+        group_size: Elements that share one grid (uniform and relu): a power of two from 32 to 1024.
+        rounding: How uniform and relu round. With u uniform in (0, 1) and v the position on the grid,
+            `dither` stores floor(v + u) and restores q + 1/2 - u (error variance step^2/12, unbiased);
+            `stochastic` stores floor(v + u) and restores q (variance step^2 f(1 - f), f = v mod 1, unbiased);
+            `nearest` stores floor(v + 1/2) and restores q (no noise, biased).
+
+    Raises:
+        ValueError: A field is outside its list.
+    """
+
+    codec: str
+    bits: int = 4
+    group_size: int = 256
+    rounding: str = "dither"
+
+    def __post_init__(self) -> None:
+        """Check the fields; set the width of a codec that has only one."""
+        widths = WIDTHS.get(self.codec)
+        if widths is None:
+            raise ValueError(f"codec must be one of {_one_of(list(WIDTHS))}, got {self.codec!r}. Choose one of these.")
+        if len(widths) == 1:
+            object.__setattr__(self, "bits", widths[0])
+        if type(self.bits) is not int or self.bits not in widths:
+            raise ValueError(
+                f"bits must be one of {_one_of(widths)} for codec {self.codec!r}, got {self.bits!r}. "
+                "Choose one of these."
+            )
+        if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
+            raise ValueError(
+                f"group_size must be one of {_one_of(GROUP_SIZES)}, got {self.group_size!r}. "
+                "Use 256 unless you have measured better."
+            )
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(
+                f"rounding must be one of {_one_of(ROUNDINGS)}, got {self.rounding!r}. "
+                "Use 'dither' for the lowest unbiased error."
+            )
+
+    @property
+    def lossless(self) -> bool:
+        """Whether decode returns exactly what encode was given."""
+        return self.codec in LOSSLESS
+
+    def stored_bytes(self, numel: int, dtype: torch.dtype) -> int:
+        """Bytes of the payload: the sum of `nbytes` over what `encode` returns, metadata included.
+
+        Args:
+            numel: Elements of the flat tensor.
+            dtype: Its element type (matters only for identity and two_valued).
+
+        Returns:
+            The exact number of bytes.
+        """
+        groups = -(-numel // self.group_size)
+        code_bytes = self.group_size * self.bits // 8
+        stored = {
+            "identity": numel * dtype.itemsize,
+            "uniform": groups * (code_bytes + 4),
+            "relu": groups * (code_bytes + 2),
+            "mask": -(-numel // 8),
+            "two_valued": -(-numel // 8) + dtype.itemsize,
+            "integer": numel * self.bits // 8,
+        }
+        return stored[self.codec]

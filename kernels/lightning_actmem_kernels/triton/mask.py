@@ -1,0 +1,57 @@
+"""Booleans in one bit each; `lightning_actmem_kernels.reference.mask` says where each bit goes."""
+
+# mypy: allow-untyped-decorators
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import elements_per_program, on_device
+
+
+def encode(flat: Tensor) -> Tensor:
+    """As `reference.mask.encode`."""
+    bools = flat.view(torch.uint8)
+    packed = bools.new_empty(-(-bools.numel() // 8))
+    if packed.numel():
+        width = elements_per_program(packed.numel())
+        with on_device(flat):
+            _encode[(triton.cdiv(packed.numel(), width),)](bools, packed, bools.numel(), packed.numel(), width)
+    return packed
+
+
+def decode(packed: Tensor, numel: int) -> Tensor:
+    """As `reference.mask.decode`."""
+    bools = packed.new_empty(numel)
+    if numel:
+        width = elements_per_program(packed.numel())
+        with on_device(packed):
+            _decode[(triton.cdiv(packed.numel(), width),)](packed, bools, numel, packed.numel(), width)
+    return bools.view(torch.bool)
+
+
+@triton.jit(do_not_specialize=["numel", "plane_size"])
+def _encode(
+    bools_ptr: tl.tensor, packed_ptr: tl.tensor, numel: tl.int64, plane_size: tl.int64, WIDTH: tl.constexpr
+) -> None:
+    place = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    byte = tl.zeros((WIDTH,), tl.int32)
+    for S in tl.static_range(8):
+        element = S * plane_size + place
+        bit = tl.load(bools_ptr + element, (place < plane_size) & (element < numel), other=0)
+        byte |= bit.to(tl.int32) << S
+    tl.store(packed_ptr + place, byte.to(tl.uint8), place < plane_size)
+
+
+@triton.jit(do_not_specialize=["numel", "plane_size"])
+def _decode(
+    packed_ptr: tl.tensor, bools_ptr: tl.tensor, numel: tl.int64, plane_size: tl.int64, WIDTH: tl.constexpr
+) -> None:
+    place = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    byte = tl.load(packed_ptr + place, place < plane_size, other=0).to(tl.int32)
+    for S in tl.static_range(8):
+        element = S * plane_size + place
+        tl.store(bools_ptr + element, ((byte >> S) & 1).to(tl.uint8), (place < plane_size) & (element < numel))
