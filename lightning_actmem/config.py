@@ -1,0 +1,183 @@
+"""The one configuration object: Python argument, OmegaConf schema and LightningCLI argument."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Union
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lightning_actmem_kernels import CodecSpec
+
+LOSSLESS_BITS = 32
+BITS = (1, 2, 3, 4, 8, LOSSLESS_BITS)
+CODECS = ("auto", "uniform", "identity")
+ROUNDINGS = ("dither", "stochastic", "nearest")
+BACKENDS = ("auto", "triton", "torch")
+
+ConfigLike = Union["ActMemConfig", DictConfig, Mapping[str, Any], str, "os.PathLike[str]", None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActMemConfig:
+    """What to store for the backward pass, and how.
+
+    Args:
+        bits: Bits per stored activation element: 1, 2, 3, 4 or 8; 32 keeps every tensor as it is
+            (bit-equal to plain training).
+        codec: ``"auto"`` (min-max groups, and a code that keeps exact zeros for ReLU outputs), ``"uniform"``
+            (min-max groups for every activation) or ``"identity"`` (a lossless copy: exercises the whole
+            packing path, saves nothing; for debugging).
+        group_size: Consecutive elements that share one minimum and step: a power of two from 32 to 1024.
+        rounding: ``"dither"`` (subtractive dither: unbiased, half the variance of stochastic rounding),
+            ``"stochastic"`` or ``"nearest"`` (biased; for comparison).
+        seed: Seed of the rounding noise, from 0 to 2**31 - 1. The noise never touches a random generator of yours.
+        backend: ``"auto"`` (Triton on a GPU where it is installed, else PyTorch), ``"triton"`` or ``"torch"``.
+        min_elements: Tensors with fewer elements than this stay as they are.
+        summary: Print the per-layer table after the first training step.
+
+    Raises:
+        ValueError: If a value is not one of those above.
+        TypeError: If a value has the wrong type.
+
+    Example:
+        >>> ActMemConfig(bits=2).bits
+        2
+    """
+
+    bits: int = 4
+    codec: str = "auto"
+    group_size: int = 256
+    rounding: str = "dither"
+    seed: int = 0
+    backend: str = "auto"
+    min_elements: int = 1024
+    summary: bool = True
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        for name in ("bits", "group_size", "seed", "min_elements"):
+            _check_int(name, getattr(self, name))
+        _check_choice("bits", self.bits, BITS, "Use 32 for lossless storage.")
+        _check_choice("codec", self.codec, CODECS)
+        _check_choice("rounding", self.rounding, ROUNDINGS)
+        _check_choice("backend", self.backend, BACKENDS)
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed must be from 0 to 2**31 - 1, got {self.seed}. Choose another number.")
+        if self.min_elements < 0:
+            raise ValueError(f"min_elements must be 0 or more, got {self.min_elements}. Use 0 to pack everything.")
+        if not isinstance(self.summary, bool):
+            raise TypeError(f"summary must be true or false, got {self.summary!r}.")
+        CodecSpec("uniform", bits=4, group_size=self.group_size)  # the kernels own the rule for group sizes
+
+    @property
+    def lossless(self) -> bool:
+        """Whether gradients are bit-equal to plain training."""
+        return self.bits == LOSSLESS_BITS or self.codec == "identity"
+
+    @classmethod
+    def load(cls, source: ConfigLike = None, *, dotlist: Sequence[str] = (), **fields: Any) -> ActMemConfig:
+        """Build a configuration from a file, a mapping, overrides, or all of them; later ones win.
+
+        Args:
+            source: A configuration, a mapping, an OmegaConf node, or the path of a YAML file.
+            dotlist: Overrides such as ``["bits=2", "group_size=128"]``.
+            **fields: Overrides by name.
+
+        Returns:
+            The checked configuration.
+
+        Raises:
+            FileNotFoundError: If ``source`` is a path that does not exist.
+            TypeError: If ``source`` is of another kind, or a value has the wrong type.
+            ValueError: If a key is unknown or a value is not allowed.
+
+        Example:
+            >>> ActMemConfig.load({"bits": 8}, dotlist=["bits=2"]).bits
+            2
+        """
+        if isinstance(source, ActMemConfig) and not dotlist and not fields:
+            return source
+        merged: dict[str, Any] = {**_as_mapping(source), **_as_mapping(_from_dotlist(dotlist)), **fields}
+        _check_keys(merged)
+        try:
+            # OmegaConf converts what YAML and the command line give ("2" -> 2) and names what it cannot convert.
+            schema = OmegaConf.structured(cls)
+            OmegaConf.set_readonly(schema, False)  # it takes the flag from the frozen dataclass
+            values = OmegaConf.to_container(OmegaConf.merge(schema, merged), resolve=True)
+        except OmegaConfBaseException as error:
+            raise TypeError(f"{error.full_key or 'value'}: {error.msg or error}. Expected: {_schema()}.") from error
+        return cls(**{str(key): value for key, value in dict(values).items()})  # type: ignore[arg-type]
+
+
+def given_settings(source: ConfigLike = None, **fields: Any) -> dict[str, Any]:
+    """Return only the settings that somebody has given, unchecked: what may override somebody else's.
+
+    Args:
+        source: As for `ActMemConfig.load`; a whole `ActMemConfig` gives every setting.
+        **fields: Settings by name; ``None`` means "not given".
+
+    Returns:
+        The settings by name.
+
+    Example:
+        >>> given_settings({"bits": 8}, bits=None, seed=1)
+        {'bits': 8, 'seed': 1}
+    """
+    return {**_as_mapping(source), **{name: value for name, value in fields.items() if value is not None}}
+
+
+def _as_mapping(source: ConfigLike) -> Mapping[str, Any]:
+    if source is None:
+        return {}
+    if isinstance(source, ActMemConfig):
+        return dataclasses.asdict(source)
+    values: Any = source
+    if isinstance(values, (str, os.PathLike)):
+        if not os.path.isfile(values):
+            raise FileNotFoundError(f"config must be the path of a YAML file, got {os.fspath(values)!r}: no such file.")
+        values = OmegaConf.load(os.fspath(values))
+    if OmegaConf.is_config(values):
+        values = OmegaConf.to_container(values, resolve=True)
+    if not isinstance(values, Mapping):
+        raise TypeError(
+            "config must be an ActMemConfig, a mapping, an OmegaConf node or the path of a YAML file, "
+            f"got {type(values).__name__}."
+        )
+    return values
+
+
+def _from_dotlist(dotlist: Sequence[str]) -> DictConfig:
+    for item in dotlist:
+        if "=" not in item:
+            raise ValueError(f"dotlist items must look like 'bits=2', got {item!r}.")
+    return OmegaConf.from_dotlist(list(dotlist))
+
+
+def _check_keys(values: Mapping[str, Any]) -> None:
+    known = [field.name for field in dataclasses.fields(ActMemConfig)]
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
+            raise ValueError(f"unknown ActMem setting {key!r}. {hint}")
+
+
+def _check_int(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__}).")
+
+
+def _check_choice(name: str, value: object, allowed: Sequence[object], remedy: str = "Choose one of these.") -> None:
+    if value not in allowed:
+        choices = ", ".join(repr(choice) for choice in allowed)
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}. {remedy}")
+
+
+def _schema() -> str:
+    return ", ".join(f"{field.name}: {field.type}" for field in dataclasses.fields(ActMemConfig))

@@ -1,0 +1,214 @@
+"""The engine: one context manager around forward and loss. Works in plain PyTorch; knows nothing of Lightning."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_actmem_kernels import CodecSpec, resolve_backend
+
+from .config import LOSSLESS_BITS, ActMemConfig, ConfigLike
+from .errors import ActMemError, ActMemWarning
+from .report import StepReport, step_report
+from .saved.borrowed import Borrowed
+from .saved.hooks import SavedTensorHooks
+from .saved.identify import Codecs
+from .saved.ledger import Ledger
+from .saved.operation import OperationTracker
+from .saved.scope import LayerScope, is_compiled
+from .saved.site import SiteTable, mix64
+from .saved.stack import HookStack, in_checkpoint
+
+_RELU_MIN_BITS = 2
+
+
+class ActMemEngine:
+    """Stores what autograd saves in a few bits per element.
+
+    Args:
+        config: Settings: an `ActMemConfig`, a mapping, an OmegaConf node or the path of a YAML file.
+        **fields: Single settings by name; they win over ``config``.
+
+    Raises:
+        ValueError: If a setting is unknown or not allowed.
+        ActMemError: If a backend is asked for that is not there.
+
+    Example:
+        >>> engine = ActMemEngine(bits=4)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 1))
+        >>> x = torch.randn(512, 64)
+        >>> with engine.compress(model, inputs=x):
+        ...     loss = model(x).square().mean()
+        >>> loss.backward()
+        >>> engine.report().ratio > 7
+        True
+    """
+
+    def __init__(self, config: ConfigLike = None, **fields: Any) -> None:
+        self.config = ActMemConfig.load(config, **fields)
+        self.rank = 0
+        self.step = 0
+        self.ledger = Ledger()
+        self._backend = _backend(self.config.backend)
+        self._tracker = OperationTracker()
+        self._scope = LayerScope(self._suspended)
+        self._hooks = SavedTensorHooks(
+            self._tracker,
+            self._scope,
+            SiteTable(),
+            self.ledger,
+            _codecs(self.config),
+            self._backend,
+            self.config.min_elements,
+        )
+        self._stack = HookStack(self._hooks.pack, self._hooks.unpack, self._tracker)
+        self._active = False
+        self._warned = False
+
+    @contextmanager
+    def compress(self, module: nn.Module | None = None, *, inputs: Any = None) -> Iterator[None]:
+        """Pack what autograd saves inside this context.
+
+        Put forward and loss inside, and backward outside or inside as you like. A nested call is the same as one.
+
+        Args:
+            module: The model: its parameters and buffers are never packed, and its submodules name the sites.
+                Without it everything is packed that is not an ``nn.Parameter`` or a view or cast of one.
+            inputs: The batch in any nesting: it stays alive anyway, so it is not packed. When this is not given,
+                every tensor without gradient that enters an operation is taken for input.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            ActMemError: If a ``torch.func`` transform runs inside without `paused`.
+        """
+        if self._active or in_checkpoint() or self._is_wholly_compiled(module):
+            yield
+            return
+        self._warn_of_compiled_parts(module)
+        self._active = True
+        self.step += 1
+        self._hooks.start_step(Borrowed(module, inputs), mix64(self.config.seed, self.rank, self.step))
+        try:
+            with self._scope.installed(module), self._stack.installed():
+                yield
+        except RuntimeError as error:
+            if "saved tensor hooks" in str(error) and "torch.func" in str(error):
+                raise ActMemError(
+                    "torch.func transforms (grad, vjp, jacrev, ...) cannot run while activations are compressed. "
+                    "Put them into `with engine.paused():` (the callback and the strategies have paused() too)."
+                ) from error
+            raise
+        finally:
+            self._active = False
+            self._hooks.end_step()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave autograd alone inside this context: for ``torch.func`` transforms and the like.
+
+        Does nothing when compression is not active.
+
+        Raises:
+            ActMemError: If other saved-tensor hooks have been put on top of the engine's.
+        """
+        with self._suspended():
+            yield
+
+    def report(self, *, table: bool = True) -> StepReport:
+        """Return what the last step has stored.
+
+        Args:
+            table: Whether to fill ``bytes_by_kind`` and ``rows`` too; the rest is cheap enough for every step.
+        """
+        return step_report(self.ledger, table=table)
+
+    def release(self) -> None:
+        """Let go of the model of the last step, so that it can be freed while this engine lives on."""
+        self._scope.release()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: plain numbers, loadable with ``weights_only=True``."""
+        return {"version": 1, "step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where the state was taken: the same noise follows.
+
+        Args:
+            state: What `state_dict` returned.
+
+        Raises:
+            ValueError: If it comes from a newer version of this package.
+        """
+        if state.get("version") != 1:
+            raise ValueError(
+                f"ActMem state must be of version 1, got {state.get('version')!r}. "
+                "Update lightning-actmem to the version that wrote the checkpoint, or newer."
+            )
+        self.step = int(state["step"])
+
+    @contextmanager
+    def _suspended(self) -> Iterator[None]:
+        if not self._active:
+            yield
+            return
+        with self._stack.suspended():
+            yield
+
+    def _is_wholly_compiled(self, module: nn.Module | None) -> bool:
+        if module is None or not is_compiled(module):
+            return False
+        self._warn_compiled(f"{type(module).__name__} is compiled as a whole: nothing of it is packed.")
+        return True
+
+    def _warn_of_compiled_parts(self, module: nn.Module | None) -> None:
+        if self._warned or module is None:
+            return
+        compiled = [name for name, part in module.named_modules() if is_compiled(part)]
+        if compiled:
+            self._warn_compiled(f"compiled modules are not packed, the rest is: {', '.join(compiled[:5])}.")
+
+    def _warn_compiled(self, what: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"ActMem: {what} What a compiled graph saves cannot be packed by hooks yet: its backward would "
+                "unpack everything at once. Leave torch.compile off to pack these activations.",
+                ActMemWarning,
+                stacklevel=4,
+            )
+
+
+def _backend(name: str) -> str | None:
+    if name == "auto":
+        if torch.cuda.is_available() and find_spec("triton") is None:
+            warnings.warn(
+                "ActMem: there is a GPU but Triton is not installed, so PyTorch code packs instead: the same bits, "
+                "more slowly. Run `pip install 'triton>=3.2'`.",
+                ActMemWarning,
+                stacklevel=3,
+            )
+        return None
+    if name == "triton":
+        resolve_backend("triton", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return name
+
+
+def _codecs(config: ActMemConfig) -> Codecs:
+    if config.bits == LOSSLESS_BITS:
+        return Codecs(None, None)
+    if config.codec == "identity":
+        identity = CodecSpec("identity")
+        return Codecs(identity, identity)
+    general = CodecSpec("uniform", config.bits, config.group_size, config.rounding)
+    if config.codec == "uniform":
+        return Codecs(general, general)
+    bits = max(config.bits, _RELU_MIN_BITS)  # one bit would leave a ReLU output its sign and no value
+    return Codecs(general, CodecSpec("relu", bits, config.group_size, config.rounding))

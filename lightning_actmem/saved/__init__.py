@@ -1,0 +1,1 @@
+"""What autograd saves: identified, shared, packed and accounted for. Knows nothing of Lightning."""

@@ -1,0 +1,72 @@
+"""Storages that somebody else keeps alive: weights, buffers and the step's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+_MAX_DEPTH = 8
+
+
+class Borrowed:
+    """The storages of a model and a batch, by identity.
+
+    Packing them would add memory, since they stay alive anyway, and would put noise where no saving is.
+
+    Args:
+        module: The model; its parameters and buffers are borrowed.
+        inputs: The batch: tensors in any nesting of mappings, sequences, dataclasses and plain objects. ``None``
+            says that the inputs are not known.
+    """
+
+    def __init__(self, module: nn.Module | None = None, inputs: Any = None) -> None:
+        self.knows_inputs = inputs is not None
+        self._owners: dict[int, str] = {}
+        for tensor in tensors_in(inputs):
+            self._own(tensor, "input")
+        if module is not None:
+            for buffer in module.buffers():
+                self._own(buffer, "buffer")
+            for parameter in module.parameters():
+                self._own(parameter, "weight")
+
+    def owner(self, storage_id: int) -> str | None:
+        """Return ``"weight"``, ``"buffer"`` or ``"input"``, or ``None`` for a storage that only autograd may hold."""
+        return self._owners.get(storage_id)
+
+    def owns(self, tensor: Tensor) -> bool:
+        """Whether the tensor is a weight or lies in one's storage."""
+        try:
+            return self._owners.get(tensor.untyped_storage()._cdata) == "weight"
+        except (NotImplementedError, RuntimeError):
+            return False
+
+    def _own(self, tensor: Tensor, owner: str) -> None:
+        try:
+            storage = tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):  # DTensor, sparse, nested: never packed in the first place
+            return
+        if storage.nbytes():
+            self._owners[storage._cdata] = owner
+
+
+def tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:
+    """Yield every tensor in nested mappings, sequences, dataclasses and plain objects."""
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if value is None or isinstance(value, (str, bytes, int, float, nn.Module, type)) or depth == _MAX_DEPTH:
+        return
+    if isinstance(value, Mapping):
+        parts: Any = value.values()
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        parts = value
+    elif is_dataclass(value):
+        parts = [getattr(value, part.name) for part in fields(value)]
+    else:
+        parts = list(getattr(value, "__dict__", {}).values())
+    for part in parts:
+        yield from tensors_in(part, depth + 1)

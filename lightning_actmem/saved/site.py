@@ -1,0 +1,94 @@
+"""Sites: where in the model a saved tensor comes from."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place that saves a tensor: stable across steps, batches and skipped branches.
+
+    Args:
+        layer: Path of the innermost module that was running (``""`` for code outside every submodule).
+        operation: Name of the operation that saved the tensor (``"linear"``, ``"gelu"``).
+        role: What the tensor is to the operation: an argument's name (``"input"``) or ``"result"``.
+        ordinal: How many tensors of this operation and role the same call of the layer had saved before.
+    """
+
+    layer: str
+    operation: str
+    role: str
+    ordinal: int
+
+    def __str__(self) -> str:
+        """Return ``layer/operation.role`` with ``#ordinal`` from the second on."""
+        return f"{self.layer}/{self.operation}.{self.role}" + (f"#{self.ordinal}" if self.ordinal else "")
+
+    @property
+    def stream(self) -> int:
+        """A 64-bit number of its own: the site's part in the key of the rounding noise."""
+        name = f"{self.layer}\0{self.operation}\0{self.role}\0{self.ordinal}".encode()
+        return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
+
+
+class SiteTable:
+    """Every site seen so far, and how often each one has saved a tensor in the current step."""
+
+    def __init__(self) -> None:
+        self._sites: dict[tuple[str, str, str, int], tuple[Site, int]] = {}
+        self._calls: dict[Site, int] = {}
+
+    def start_step(self) -> None:
+        """Forget the calls of the previous step; the sites stay."""
+        self._calls.clear()
+
+    def site(self, layer: str, operation: str, role: str, ordinal: int) -> Site:
+        """Return the site of that name, made at its first use."""
+        return self._entry((layer, operation, role, ordinal))[0]
+
+    def noise_key(self, site: Site, base: int) -> int:
+        """Return a noise key that no other tensor of this step has.
+
+        Args:
+            site: The site that is about to pack a tensor.
+            base: 64-bit mix of seed, rank and step (see `mix64`).
+
+        Returns:
+            A signed 64-bit key.
+        """
+        call = self._calls.get(site, 0)
+        self._calls[site] = call + 1
+        stream = self._entry((site.layer, site.operation, site.role, site.ordinal))[1]
+        key = mix64(base ^ stream, call)
+        return key - (1 << 64) if key >> 63 else key
+
+    def _entry(self, name: tuple[str, str, str, int]) -> tuple[Site, int]:
+        entry = self._sites.get(name)
+        if entry is None:
+            site = Site(*name)
+            entry = self._sites[name] = (site, site.stream)
+        return entry
+
+
+def mix64(*words: int) -> int:
+    """Hash integers to 64 bits, so that neighbouring inputs give unrelated keys.
+
+    The finaliser of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014),
+    once per word.
+
+    Args:
+        *words: Integers of any size; only their low 64 bits count.
+
+    Returns:
+        An unsigned 64-bit integer.
+    """
+    mask = (1 << 64) - 1
+    state = 0
+    for word in words:
+        state = (state + word + 0x9E3779B97F4A7C15) & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state ^= state >> 31
+    return state

@@ -1,0 +1,52 @@
+"""The ledger: live and peak bytes follow the objects that hold them."""
+
+from __future__ import annotations
+
+import threading
+
+from lightning_actmem.saved.ledger import Charge, Ledger
+from lightning_actmem.saved.site import Site
+
+
+def test_bytes_live_as_long_as_their_charge() -> None:
+    ledger = Ledger()
+    first = Charge(ledger, saved_bytes=10, raw_bytes=80)
+    second = Charge(ledger, saved_bytes=5)
+    assert (ledger.live_saved_bytes, ledger.live_raw_bytes) == (15, 80)
+    del first
+    ledger.settle()
+    assert (ledger.live_saved_bytes, ledger.live_raw_bytes) == (5, 0)
+    assert (ledger.peak_saved_bytes, ledger.peak_raw_bytes) == (15, 80)
+    assert second.saved_bytes == 5
+
+
+def test_a_step_starts_from_what_is_alive() -> None:
+    ledger = Ledger()
+    dead = Charge(ledger, saved_bytes=7)
+    del dead
+    alive = Charge(ledger, saved_bytes=3)
+    ledger.record(Site("a", "gelu", "input", 0), "packed", "uniform-4", 8, 3, 2)
+    ledger.start_step()
+    assert (ledger.peak_saved_bytes, ledger.sites) == (alive.saved_bytes, {})
+
+
+def test_rows_add_up() -> None:
+    ledger = Ledger()
+    site = Site("a", "gelu", "input", 0)
+    for _ in range(3):
+        ledger.record(site, "packed", "uniform-4", raw_bytes=32, saved_bytes=4, elements=8)
+    row = ledger.sites[site]
+    assert (row.tensors, row.raw_bytes, row.saved_bytes, row.elements) == (3, 96, 12, 24)
+
+
+def test_charges_released_by_other_threads_are_all_counted() -> None:
+    """Autograd drops handles from its device threads; `x -= n` there loses updates."""
+    ledger = Ledger()
+    charges = [[Charge(ledger, saved_bytes=1) for _ in range(2000)] for _ in range(4)]
+    threads = [threading.Thread(target=part.clear) for part in charges]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ledger.settle()
+    assert ledger.live_saved_bytes == 0

@@ -1,0 +1,98 @@
+"""The configuration: one class for Python, YAML, dotlists and mappings, and clear errors for bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from lightning_actmem import ActMemConfig
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bits": 5}, r"bits must be one of 1, 2, 3, 4, 8, 32, got 5\. Use 32 for lossless storage\."),
+        ({"codec": "zip"}, r"codec must be one of 'auto', 'uniform', 'identity', got 'zip'"),
+        ({"group_size": -32}, r"group_size must be one of 32, .*, got -32"),
+        ({"group_size": 100}, r"group_size must be one of 32, .*, got 100"),
+        ({"rounding": "up"}, r"rounding must be one of 'dither', 'stochastic', 'nearest', got 'up'"),
+        ({"backend": "cuda"}, r"backend must be one of 'auto', 'triton', 'torch', got 'cuda'"),
+        ({"seed": -1}, r"seed must be from 0 to 2\*\*31 - 1, got -1"),
+        ({"min_elements": -1}, r"min_elements must be 0 or more, got -1"),
+    ],
+)
+def test_bad_values(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ActMemConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bits": "four"}, "bits must be an integer, got 'four'"),
+        ({"bits": True}, "bits must be an integer, got True"),
+        ({"seed": 1.5}, "seed must be an integer, got 1.5"),
+        ({"summary": "no"}, "summary must be true or false, got 'no'"),
+    ],
+)
+def test_bad_types(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        ActMemConfig(**fields)
+
+
+def test_it_is_frozen_and_hashable() -> None:
+    config = ActMemConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.bits = 2  # type: ignore[misc]
+    assert hash(config) == hash(ActMemConfig())
+
+
+def test_yaml_dotlist_mapping_and_fields(tmp_path: Path) -> None:
+    path = tmp_path / "actmem.yaml"
+    path.write_text("bits: 2\ngroup_size: 128\n")
+    assert ActMemConfig.load(path) == ActMemConfig(bits=2, group_size=128)
+    assert ActMemConfig.load(str(path), dotlist=["bits=8"], seed=4) == ActMemConfig(bits=8, group_size=128, seed=4)
+    assert ActMemConfig.load({"bits": "3", "summary": "false"}) == ActMemConfig(bits=3, summary=False)
+    assert ActMemConfig.load() == ActMemConfig()
+
+
+def test_interpolations_resolve() -> None:
+    tree = OmegaConf.create({"bits": 2, "actmem": {"bits": "${bits}", "seed": 3}})
+    assert ActMemConfig.load(tree.actmem) == ActMemConfig(bits=2, seed=3)
+
+
+def test_it_is_an_omegaconf_schema() -> None:
+    schema = OmegaConf.structured(ActMemConfig)
+    assert ActMemConfig.load(schema) == ActMemConfig()
+    assert OmegaConf.to_object(schema) == ActMemConfig()
+
+
+@pytest.mark.parametrize("key", ["bit", "groupsize", "Bits"])
+def test_a_wrong_key_names_the_right_one(key: str) -> None:
+    right = "group_size" if key == "groupsize" else "bits"
+    with pytest.raises(ValueError, match=f"unknown ActMem setting '{key}'. Did you mean '{right}'?"):
+        ActMemConfig.load({key: 4})
+
+
+def test_a_key_like_no_other_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="Known: bits, codec"):
+        ActMemConfig.load({"zzzz": 4})
+
+
+@pytest.mark.parametrize("value", ["many", [1, 2]])
+def test_a_value_that_does_not_convert_names_its_key(value: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="bits"):
+        ActMemConfig.load({"bits": value})
+
+
+def test_bad_sources() -> None:
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        ActMemConfig.load("missing.yaml")
+    with pytest.raises(TypeError, match="got int"):
+        ActMemConfig.load(3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must look like 'bits=2'"):
+        ActMemConfig.load(dotlist=["bits"])
