@@ -30,6 +30,7 @@ INPUTS = {
     "six decades": lambda n: torch.randn(n).relu() * 10 ** (6 * torch.rand(n) - 6),
     "smallest float32": lambda n: (torch.rand(n) < 0.5).float() * 1e-45,
     "smallest float16": lambda n: (torch.rand(n) < 0.5).float() * 6e-8,
+    "lowest level below float16": lambda n: torch.randn(n).relu() ** 4 * 1e-5,
     "large": lambda n: torch.randn(n).relu().clamp_(max=3.0) * 2e4,
 }
 

@@ -16,7 +16,7 @@ import re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lightning_actmem_kernels.triton import mask, relu, uniform
+from lightning_actmem_kernels.triton import launch, mask, relu, uniform
 
 MEMORY = {"flat_ptr": None, "codes_ptr": "*u8", "grids_ptr": "*i32", "steps_ptr": "*i16", "bools_ptr": "*u8",
           "packed_ptr": "*u8", "numel": "i64", "key": "i64", "plane_size": "i64"}
@@ -26,8 +26,7 @@ def ptx(kernel, flat="*fp32", **constants):
     constants = {name: ROUNDING.get(name, constants.get(name)) for name in kernel.arg_names if name.isupper()}
     signature = {name: "constexpr" if name in constants else MEMORY[name] or flat for name in kernel.arg_names}
     source = ASTSource(kernel, signature, constants)
-    options = {"enable_fp_fusion": False}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.EXACT).asm["ptx"]
 
 def check(kernel, **arguments):
     text = ptx(kernel, **arguments)

@@ -35,6 +35,7 @@ INPUTS = {
     "negative zeros": lambda n: -torch.zeros(n),
     "one outlier": lambda n: torch.randn(n).index_fill(0, torch.tensor([n // 2]), 500.0),
     "denormal": lambda n: torch.randn(n) * 1e-39,
+    "denormal step": lambda n: torch.rand(n) * 2.0**-120,
     "denormal in float16": lambda n: torch.randn(n) * 1e-6,
     "two values": lambda n: (torch.rand(n) < 0.5).float() * 7.0,
 }

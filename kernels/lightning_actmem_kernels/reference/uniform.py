@@ -47,10 +47,9 @@ def encode(flat: Tensor, bits: int, group_size: int, rounding: str, key: int) ->
         else:
             v.add_(uniform_noise(key, first, last - first, group_size, flat.device))
         # v >= 0, so truncation is floor. It stays below 2**bits without a clamp: v - u exceeds the top level by at most
-        # three roundings (5e-5), and u <= 1 - 1/512.
+        # three roundings (5e-5), and u <= 1 - 1/512. In a group without a grid v is u or NaN, and the low byte of NaN
+        # cast to int32 is 0.
         pack(v.to(torch.int32).to(torch.uint8), bits, codes[first:last])
-        # The cast of NaN is undefined: a group without a grid stores zeros.
-        codes[first:last].mul_((step == step).unsqueeze(2))
     return codes, grids
 
 
