@@ -4,13 +4,19 @@ from .config import ActMemConfig as ActMemConfig
 from .engine import ActMemEngine as ActMemEngine
 from .errors import ActMemError as ActMemError
 from .errors import ActMemWarning as ActMemWarning
+from .integration import ActMem as ActMem
+from .integration import ActMemDDPStrategy as ActMemDDPStrategy
+from .integration import ActMemStrategy as ActMemStrategy
 from .report import LayerRow as LayerRow
 from .report import StepReport as StepReport
 
 __all__ = [
+    "ActMem",
     "ActMemConfig",
+    "ActMemDDPStrategy",
     "ActMemEngine",
     "ActMemError",
+    "ActMemStrategy",
     "ActMemWarning",
     "LayerRow",
     "StepReport",

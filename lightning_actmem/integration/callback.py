@@ -1,0 +1,176 @@
+"""`ActMem`: the callback that compresses activations under any stock strategy."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from ..config import ActMemConfig, given_settings
+from ..engine import ActMemEngine
+from .metrics import StepMetrics
+from .shadow import CompressedTrainingStep
+from .summary import show_summary, wants_summary
+
+# What a callback or strategy takes for `config`. In this order jsonargparse hands over what was written, no more:
+# with ActMemConfig before Mapping, a value that it refuses would come back as text and be taken for a file name.
+ConfigArgument = str | Mapping[str, Any] | ActMemConfig | os.PathLike[str] | None
+
+
+class ActMem(Callback):
+    """Trains with compressed activations: packs what autograd saves in ``training_step``, under any stock strategy.
+
+    The model needs no change, nothing but ``training_step`` is touched, and nothing is left behind after the run.
+    Together with `ActMemStrategy` or `ActMemDDPStrategy` both use one engine: what is given here wins over what is
+    given there. Which one that is (``engine``) is settled when a run begins.
+
+    Args:
+        config: An `ActMemConfig`, a mapping, an OmegaConf node or the path of a YAML file.
+        bits: As in `ActMemConfig`, like all that follow; they win over ``config``, and ``None`` means "as there".
+        codec: ``"auto"``, ``"uniform"`` or ``"identity"``.
+        group_size: Consecutive elements that share one minimum and step.
+        rounding: ``"dither"``, ``"stochastic"`` or ``"nearest"``.
+        seed: Seed of the rounding noise.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        min_elements: Tensors with fewer elements than this stay as they are.
+        summary: Print the per-layer table after the first training step.
+        **fields: No others; a misspelled one is refused with the right name.
+
+    Raises:
+        ValueError: If a setting is unknown or not allowed.
+        TypeError: If a setting has the wrong type.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=ActMem(bits=4), accelerator="cpu", logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        config: ConfigArgument = None,
+        *,
+        bits: int | None = None,
+        codec: str | None = None,
+        group_size: int | None = None,
+        rounding: str | None = None,
+        seed: int | None = None,
+        backend: str | None = None,
+        min_elements: int | None = None,
+        summary: bool | None = None,
+        **fields: Any,
+    ) -> None:
+        self.given = given_settings(
+            config,
+            bits=bits,
+            codec=codec,
+            group_size=group_size,
+            rounding=rounding,
+            seed=seed,
+            backend=backend,
+            min_elements=min_elements,
+            summary=summary,
+            **fields,
+        )
+        self.engine = ActMemEngine(self.given)
+        self._compressed: CompressedTrainingStep | None = None
+        self._metrics: StepMetrics | None = None
+        self._summary_due = False
+
+    @property
+    def state_key(self) -> str:
+        """``"ActMem"``, whatever the settings: a run begun with the callback resumes under the strategy."""
+        return "ActMem"
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Leave autograd alone inside this context, in the middle of a step: for ``torch.func`` and the like."""
+        return self.engine.paused()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Settle which engine is used, and have ``training_step`` run compressed in ``fit``.
+
+        Raises:
+            ValueError: If another `ActMem` in this trainer has other settings.
+        """
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        first = next(callback for callback in callbacks if isinstance(callback, ActMem))
+        if first is not self:
+            self._follow(first)
+            return
+        self._share(getattr(trainer.strategy, "actmem", None))
+        self.engine.rank = trainer.global_rank
+        if stage == "fit":
+            self._stop()
+            self._compressed = CompressedTrainingStep(trainer.strategy, self.engine)
+            self._metrics = None if trainer.barebones else StepMetrics(self.engine)
+            self._summary_due = self.engine.config.summary and wants_summary(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the step's figures, and show the table after the first step."""
+        if self._metrics is not None:
+            self._metrics.log_step(trainer, pl_module)
+        if self._summary_due and self.engine.ledger.sites:
+            self._summary_due = False
+            show_summary(trainer, self.engine.report())
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the epoch's figures."""
+        if self._metrics is not None:
+            self._metrics.log_epoch(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave nothing behind: `teardown` is not called after an exception or KeyboardInterrupt."""
+        self._release()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave nothing behind."""
+        self._release()
+
+    # Lightning refuses two callbacks with the same state key wherever it sees `state_dict` overridden, and it looks
+    # through `functools.wraps` for that. `setup` has the better rule and message: equal settings are harmless.
+    @functools.wraps(Callback.state_dict, assigned=(), updated=())
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """Return the engine's state: plain numbers, loadable with ``weights_only=True``."""
+        return self.engine.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where the state was taken."""
+        self.engine.load_state_dict(state_dict)
+
+    def _share(self, partner: ActMem | None) -> None:
+        """Use one engine together with the strategy: its settings where nothing is given here."""
+        if partner is None or partner is self:
+            return
+        config = ActMemConfig.load({**partner.given, **self.given})
+        if config != self.engine.config:
+            self.engine = ActMemEngine(config)
+        partner.engine = self.engine
+
+    def _follow(self, first: ActMem) -> None:
+        """Leave the work to the trainer's first `ActMem`."""
+        mine, other = ActMemConfig.load(self.given), ActMemConfig.load(first.given)
+        if mine != other:
+            raise ValueError(
+                f"one Trainer can have one ActMem, got two with different settings: {other} and {mine}. Remove one of "
+                "them, or give both the same settings. To override a strategy's settings one callback is enough."
+            )
+        self.engine = first.engine
+
+    def _stop(self) -> None:
+        if self._compressed is not None:
+            self._compressed.remove()
+        self._compressed = None
+        self._metrics = None
+        self._summary_due = False
+
+    def _release(self) -> None:
+        self._stop()
+        self.engine.release()
+        # Lightning hands every callback the model's bound `log` and `log_dict`, and with them the model.
+        for name in ("log", "log_dict"):
+            vars(self).pop(name, None)
