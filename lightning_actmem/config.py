@@ -7,7 +7,7 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -38,6 +38,12 @@ class ActMemConfig:
             ``"stochastic"`` or ``"nearest"`` (biased; for comparison).
         seed: Seed of the rounding noise, from 0 to 2**31 - 1. The noise never touches a random generator of yours.
         backend: ``"auto"`` (Triton on a GPU where it is installed, else PyTorch), ``"triton"`` or ``"torch"``.
+        derive: Compute again, instead of storing, what follows from a stored tensor by a cheap operation, and store of
+            the rest no more than backward reads. ``None``: yes, unless the configuration is lossless.
+        attention_bits: Least bits for what attention multiplies (queries, keys, values); 32 keeps it exact.
+        loss_bits: Least bits for what a loss saves; 32 keeps it exact.
+        exact: What stays exact: patterns of layer paths (``"encoder.0"`` and everything below it, ``"*.head"``), or of
+            operations (``"op:gelu"``).
         min_elements: Tensors with fewer elements than this stay as they are.
         summary: Print the per-layer table after the first training step.
 
@@ -56,14 +62,19 @@ class ActMemConfig:
     rounding: str = "dither"
     seed: int = 0
     backend: str = "auto"
+    derive: Optional[bool] = None  # noqa: UP045 (OmegaConf and jsonargparse read it at run time)
+    attention_bits: int = 8
+    loss_bits: int = 32
+    exact: tuple[str, ...] = ()
     min_elements: int = 1024
     summary: bool = True
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for name in ("bits", "group_size", "seed", "min_elements"):
+        for name in ("bits", "attention_bits", "loss_bits", "group_size", "seed", "min_elements"):
             _check_int(name, getattr(self, name))
-        _check_choice("bits", self.bits, BITS, "Use 32 for lossless storage.")
+        for name in ("bits", "attention_bits", "loss_bits"):
+            _check_choice(name, getattr(self, name), BITS, "Use 32 for lossless storage.")
         _check_choice("codec", self.codec, CODECS)
         _check_choice("rounding", self.rounding, ROUNDINGS)
         _check_choice("backend", self.backend, BACKENDS)
@@ -73,6 +84,12 @@ class ActMemConfig:
             raise ValueError(f"min_elements must be 0 or more, got {self.min_elements}. Use 0 to pack everything.")
         if not isinstance(self.summary, bool):
             raise TypeError(f"summary must be true or false, got {self.summary!r}.")
+        if not (self.derive is None or isinstance(self.derive, bool)):
+            raise TypeError(f"derive must be true, false or null, got {self.derive!r}.")
+        exact: Any = self.exact  # a list from YAML, or what a user mistook for one
+        if isinstance(exact, str) or not all(isinstance(pattern, str) for pattern in exact):
+            raise TypeError(f"exact must be a list of patterns such as ['encoder.0', 'op:gelu'], got {self.exact!r}.")
+        object.__setattr__(self, "exact", tuple(exact))
         CodecSpec("uniform", bits=4, group_size=self.group_size)  # the kernels own the rule for group sizes
 
     @property

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lightning_actmem_kernels import CodecSpec, resolve_backend
@@ -16,14 +17,16 @@ from lightning_actmem_kernels import CodecSpec, resolve_backend
 from .config import LOSSLESS_BITS, ActMemConfig, ConfigLike
 from .errors import ActMemError, ActMemWarning
 from .report import StepReport, step_report
+from .saved.attention import recomputed_attention
 from .saved.borrowed import Borrowed
 from .saved.hooks import SavedTensorHooks
-from .saved.identify import Codecs
+from .saved.identify import Codecs, Identifier
 from .saved.ledger import Ledger
 from .saved.operation import OperationTracker
 from .saved.scope import LayerScope, is_compiled
-from .saved.site import SiteTable, mix64
+from .saved.site import mix64
 from .saved.stack import HookStack, in_checkpoint
+from .saved.store import Store
 
 _RELU_MIN_BITS = 2
 
@@ -55,17 +58,17 @@ class ActMemEngine:
         self.rank = 0
         self.step = 0
         self.ledger = Ledger()
-        self._backend = _backend(self.config.backend)
         self._tracker = OperationTracker()
         self._scope = LayerScope(self._suspended)
+        derive = not self.config.lossless if self.config.derive is None else self.config.derive
+        if derive:
+            self._tracker.replacements[F.scaled_dot_product_attention] = recomputed_attention
         self._hooks = SavedTensorHooks(
             self._tracker,
             self._scope,
-            SiteTable(),
-            self.ledger,
-            _codecs(self.config),
-            self._backend,
-            self.config.min_elements,
+            Store(self._scope, self.ledger, _backend(self.config.backend)),
+            Identifier(self._tracker, _codecs(self.config, derive), self.config.min_elements, self.config.exact),
+            derive,
         )
         self._stack = HookStack(self._hooks.pack, self._hooks.unpack, self._tracker)
         self._active = False
@@ -201,14 +204,24 @@ def _backend(name: str) -> str | None:
     return name
 
 
-def _codecs(config: ActMemConfig) -> Codecs:
+def _codecs(config: ActMemConfig, derive: bool) -> Codecs:
     if config.bits == LOSSLESS_BITS:
-        return Codecs(None, None)
+        return Codecs(None, None, smallest=derive)
     if config.codec == "identity":
         identity = CodecSpec("identity")
         return Codecs(identity, identity)
-    general = CodecSpec("uniform", config.bits, config.group_size, config.rounding)
-    if config.codec == "uniform":
-        return Codecs(general, general)
-    bits = max(config.bits, _RELU_MIN_BITS)  # one bit would leave a ReLU output its sign and no value
-    return Codecs(general, CodecSpec("relu", bits, config.group_size, config.rounding))
+
+    def general(bits: int) -> CodecSpec | None:
+        if bits == LOSSLESS_BITS:
+            return None
+        return CodecSpec("uniform", bits, config.group_size, config.rounding)
+
+    # One bit would leave a ReLU's output its sign and no value.
+    relu = CodecSpec("relu", max(config.bits, _RELU_MIN_BITS), config.group_size, config.rounding)
+    return Codecs(
+        general=general(config.bits),
+        relu=general(config.bits) if config.codec == "uniform" else relu,
+        attention=general(max(config.bits, config.attention_bits)) if derive else None,
+        loss=general(max(config.bits, config.loss_bits)),
+        smallest=derive,
+    )

@@ -36,6 +36,8 @@ def test_bad_values(fields: dict[str, Any], message: str) -> None:
         ({"bits": "four"}, "bits must be an integer, got 'four'"),
         ({"bits": True}, "bits must be an integer, got True"),
         ({"seed": 1.5}, "seed must be an integer, got 1.5"),
+        ({"exact": "encoder"}, "exact must be a list of patterns"),
+        ({"derive": "maybe"}, "derive must be true, false or null, got 'maybe'"),
         ({"summary": "no"}, "summary must be true or false, got 'no'"),
     ],
 )
@@ -58,6 +60,14 @@ def test_yaml_dotlist_mapping_and_fields(tmp_path: Path) -> None:
     assert ActMemConfig.load(str(path), dotlist=["bits=8"], seed=4) == ActMemConfig(bits=8, group_size=128, seed=4)
     assert ActMemConfig.load({"bits": "3", "summary": "false"}) == ActMemConfig(bits=3, summary=False)
     assert ActMemConfig.load() == ActMemConfig()
+
+
+def test_patterns_are_a_tuple_whatever_they_come_as(tmp_path: Path) -> None:
+    path = tmp_path / "actmem.yaml"
+    path.write_text("exact: [encoder.0, 'op:gelu']\n")
+    assert ActMemConfig.load(path).exact == ("encoder.0", "op:gelu")
+    assert ActMemConfig(exact=["a"]).exact == ("a",)  # type: ignore[arg-type]
+    assert hash(ActMemConfig.load(path))
 
 
 def test_interpolations_resolve() -> None:

@@ -36,6 +36,10 @@ class ActMem(Callback):
         rounding: ``"dither"``, ``"stochastic"`` or ``"nearest"``.
         seed: Seed of the rounding noise.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        derive: Whether to compute again, instead of storing, what follows from a stored tensor.
+        attention_bits: Least bits for what attention multiplies.
+        loss_bits: Least bits for what a loss saves.
+        exact: Patterns of layers or operations that stay exact.
         min_elements: Tensors with fewer elements than this stay as they are.
         summary: Print the per-layer table after the first training step.
         **fields: No others; a misspelled one is refused with the right name.
@@ -59,6 +63,10 @@ class ActMem(Callback):
         rounding: str | None = None,
         seed: int | None = None,
         backend: str | None = None,
+        derive: bool | None = None,
+        attention_bits: int | None = None,
+        loss_bits: int | None = None,
+        exact: tuple[str, ...] | None = None,
         min_elements: int | None = None,
         summary: bool | None = None,
         **fields: Any,
@@ -71,6 +79,10 @@ class ActMem(Callback):
             rounding=rounding,
             seed=seed,
             backend=backend,
+            derive=derive,
+            attention_bits=attention_bits,
+            loss_bits=loss_bits,
+            exact=exact,
             min_elements=min_elements,
             summary=summary,
             **fields,

@@ -53,6 +53,10 @@ class ActMemStrategy(_ActMemMixin, SingleDeviceStrategy):
         rounding: ``"dither"``, ``"stochastic"`` or ``"nearest"``.
         seed: Seed of the rounding noise.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        derive: Whether to compute again, instead of storing, what follows from a stored tensor.
+        attention_bits: Least bits for what attention multiplies.
+        loss_bits: Least bits for what a loss saves.
+        exact: Patterns of layers or operations that stay exact.
         min_elements: Tensors with fewer elements than this stay as they are.
         summary: Print the per-layer table after the first training step.
         device: The device; ``None`` takes it from the Trainer.
@@ -84,6 +88,10 @@ class ActMemStrategy(_ActMemMixin, SingleDeviceStrategy):
         rounding: str | None = None,
         seed: int | None = None,
         backend: str | None = None,
+        derive: bool | None = None,
+        attention_bits: int | None = None,
+        loss_bits: int | None = None,
+        exact: tuple[str, ...] | None = None,
         min_elements: int | None = None,
         summary: bool | None = None,
         device: torch.device | str | int | None = None,
@@ -106,6 +114,10 @@ class ActMemStrategy(_ActMemMixin, SingleDeviceStrategy):
             rounding=rounding,
             seed=seed,
             backend=backend,
+            derive=derive,
+            attention_bits=attention_bits,
+            loss_bits=loss_bits,
+            exact=exact,
             min_elements=min_elements,
             summary=summary,
             **fields,
@@ -172,6 +184,10 @@ class ActMemDDPStrategy(_ActMemMixin, DDPStrategy):
         rounding: ``"dither"``, ``"stochastic"`` or ``"nearest"``.
         seed: Seed of the rounding noise.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        derive: Whether to compute again, instead of storing, what follows from a stored tensor.
+        attention_bits: Least bits for what attention multiplies.
+        loss_bits: Least bits for what a loss saves.
+        exact: Patterns of layers or operations that stay exact.
         min_elements: Tensors with fewer elements than this stay as they are.
         summary: Print the per-layer table after the first training step.
         **ddp_arguments: Those of Lightning's ``DDPStrategy``.
@@ -193,6 +209,10 @@ class ActMemDDPStrategy(_ActMemMixin, DDPStrategy):
         rounding: str | None = None,
         seed: int | None = None,
         backend: str | None = None,
+        derive: bool | None = None,
+        attention_bits: int | None = None,
+        loss_bits: int | None = None,
+        exact: tuple[str, ...] | None = None,
         min_elements: int | None = None,
         summary: bool | None = None,
         **ddp_arguments: Any,
@@ -206,6 +226,10 @@ class ActMemDDPStrategy(_ActMemMixin, DDPStrategy):
             rounding=rounding,
             seed=seed,
             backend=backend,
+            derive=derive,
+            attention_bits=attention_bits,
+            loss_bits=loss_bits,
+            exact=exact,
             min_elements=min_elements,
             summary=summary,
         )

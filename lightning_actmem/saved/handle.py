@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from typing import Protocol
+from weakref import ReferenceType, ref
+
 import torch
 from torch import Tensor
 
 from lightning_actmem_kernels import CodecSpec, Layout, decode
 
+from .geometry import Geometry
 from .ledger import Charge
 
 _MODIFIED = (
@@ -27,6 +32,8 @@ class Kept:
 
     __slots__ = ("__weakref__", "_charges", "_tensor", "_version")
 
+    depth = 0
+
     def __init__(self, tensor: Tensor, versioned: bool = True, charges: tuple[Charge | None, ...] = ()) -> None:
         # Detached: a result that holds its own node, which holds this handle, would never be freed.
         self._tensor = tensor if tensor.grad_fn is None else tensor.detach()
@@ -46,6 +53,13 @@ class Kept:
             )
         return tensor
 
+    def view(self, geometry: Geometry) -> Kept | None:
+        """Return a handle of another view of the same storage, if this one keeps that version of it."""
+        if self._version != geometry.version or self._tensor.dtype != geometry.dtype:
+            return None
+        view = self._tensor.as_strided(geometry.size, geometry.stride, geometry.start)
+        return Kept(view, charges=self._charges)
+
 
 class Payload:
     """One encoded memory segment; the handles of all its views share it.
@@ -57,10 +71,24 @@ class Payload:
         dtype: Type of the elements.
         key: Noise key of the encoding.
         backend: Kernel backend, or ``None`` for the fastest.
+        cache: Remembers the last decoded segments.
         charges: Bytes that are alive as long as this payload.
     """
 
-    __slots__ = ("__weakref__", "_backend", "_charges", "_dtype", "_key", "numel", "spec", "tensors")
+    __slots__ = (
+        "__weakref__",
+        "_backend",
+        "_charges",
+        "_dtype",
+        "_key",
+        "cache",
+        "lossless",
+        "numel",
+        "spec",
+        "tensors",
+    )
+
+    depth = 0
 
     def __init__(
         self,
@@ -70,11 +98,14 @@ class Payload:
         dtype: torch.dtype,
         key: int,
         backend: str | None,
+        cache: DecodeCache,
         charges: tuple[Charge | None, ...],
     ) -> None:
         self.tensors = tensors
         self.spec = spec
+        self.lossless = spec.lossless
         self.numel = numel
+        self.cache = cache
         self._dtype = dtype
         self._key = key
         self._backend = backend
@@ -97,17 +128,18 @@ class Packed:
         offset: First element within the segment.
     """
 
-    __slots__ = ("__weakref__", "_offset", "_size", "_stride", "payload")
+    __slots__ = ("__weakref__", "_offset", "_size", "_stride", "depth", "payload")
 
-    def __init__(self, payload: Payload, size: tuple[int, ...], stride: tuple[int, ...], offset: int) -> None:
+    def __init__(self, payload: AnyPayload, size: tuple[int, ...], stride: tuple[int, ...], offset: int) -> None:
         self.payload = payload
+        self.depth = payload.depth
         self._size = size
         self._stride = stride
         self._offset = offset
 
     def restore(self) -> Tensor:
         """Return the tensor: same dtype, shape, strides and device as the one that was saved."""
-        return self.payload.decode().as_strided(self._size, self._stride, self._offset)
+        return self.payload.cache.decode(self.payload).as_strided(self._size, self._stride, self._offset)
 
 
 class PackedCompact:
@@ -118,15 +150,112 @@ class PackedCompact:
         layout: Where they go.
     """
 
-    __slots__ = ("__weakref__", "_layout", "payload")
+    __slots__ = ("__weakref__", "_layout", "depth", "payload")
 
-    def __init__(self, payload: Payload, layout: Layout) -> None:
+    def __init__(self, payload: AnyPayload, layout: Layout) -> None:
         self.payload = payload
+        self.depth = payload.depth
         self._layout = layout
 
     def restore(self) -> Tensor:
         """Return the tensor: same dtype, shape, strides and device as the one that was saved."""
-        return self._layout.unflatten(self.payload.decode())
+        return self._layout.unflatten(self.payload.cache.decode(self.payload))
 
 
-Handle = Kept | Packed | PackedCompact
+class Stand:
+    """Stands for a tensor whose values backward does not read, or of which it reads one bit per element.
+
+    Args:
+        like: The tensor: its shape, dtype and device.
+        low: What it is where the mask is off, and everywhere without a mask.
+        high: What it is where the mask is on.
+    """
+
+    __slots__ = ("__weakref__", "_high", "_like", "_low", "charge", "mask")
+
+    depth = 0
+
+    def __init__(self, like: Tensor, low: float = 0.0, high: float = 0.0) -> None:
+        self._like = torch.Size(like.shape), like.dtype, like.device
+        self._low = low
+        self._high = high
+        self.mask: Handle | None = None
+        self.charge: Charge | None = None
+
+    def restore(self) -> Tensor:
+        """Return a tensor of that shape: stride 0 without a mask, so that it takes no memory."""
+        size, dtype, device = self._like
+        low = torch.full((), self._low, dtype=dtype, device=device)
+        if self.mask is None:
+            return low.expand(size)
+        return torch.where(self.mask.restore(), torch.full((), self._high, dtype=dtype, device=device), low)
+
+
+class Reshaped:
+    """The values of another handle in another shape.
+
+    Args:
+        handle: The other handle, of a contiguous tensor.
+        size: The shape.
+    """
+
+    __slots__ = ("__weakref__", "_handle", "_size", "depth")
+
+    def __init__(self, handle: Handle, size: tuple[int, ...]) -> None:
+        self._handle = handle
+        self._size = size
+        self.depth: int = handle.depth
+
+    def restore(self) -> Tensor:
+        """Return the tensor, contiguous."""
+        return self._handle.restore().reshape(self._size)
+
+
+Handle = Kept | Packed | PackedCompact | Stand | Reshaped
+
+
+class AnyPayload(Protocol):
+    """A memory segment that can be had: decoded (`Payload`) or computed (`Derived`).
+
+    Attributes:
+        numel: Elements of the segment.
+        lossless: Whether it comes back exactly.
+        depth: Operations that run to get it.
+        cache: Remembers the last segments.
+    """
+
+    numel: int
+    lossless: bool
+    depth: int
+    cache: DecodeCache
+
+    def decode(self) -> Tensor:
+        """Return the segment, 1-D; the same values every time."""
+        ...
+
+
+class DecodeCache:
+    """The last few segments that backward has asked for, while somebody may ask again.
+
+    Consumers of one tensor follow each other in backward (three projections of one norm's output), and so do the
+    operations of a chain that is derived from one tensor.
+
+    Args:
+        capacity: How many decoded segments to hold at most: what backward's peak memory grows by.
+    """
+
+    def __init__(self, capacity: int = 2) -> None:
+        self._capacity = capacity
+        self._segments: OrderedDict[int, tuple[ReferenceType[AnyPayload], Tensor]] = OrderedDict()
+
+    def decode(self, payload: AnyPayload) -> Tensor:
+        """Return a payload's segment, decoded now or lately."""
+        number = id(payload)
+        entry = self._segments.get(number)
+        if entry is not None and entry[1]._version == 0:  # nobody has changed it in place
+            return entry[1]
+        segment = payload.decode()
+        self._segments[number] = ref(payload, lambda _: self._segments.pop(number, None)), segment
+        while len(self._segments) > self._capacity:
+            self._segments.popitem(last=False)
+        return segment

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from time import perf_counter_ns
-
 import torch
 from torch import Tensor, UntypedStorage, nn
 
-from lightning_actmem_kernels import CodecSpec, Layout, encode
-
 from .borrowed import Borrowed
-from .handle import Handle, Kept, Payload
-from .identify import Codecs, Verdict, identify, is_weight
-from .ledger import BORROWED, Charge, Ledger
-from .operation import OperationTracker
+from .derive import SAVES_OUTPUT, Deriver
+from .geometry import Geometry
+from .handle import Handle, Stand
+from .identify import Identifier, Verdict, is_weight
+from .ledger import BORROWED
+from .operation import MATMUL, OperationTracker
 from .scope import LayerScope
-from .share import SharedStorages, StoredStorage
-from .site import Site, SiteTable
+from .share import StoredStorage
+from .store import IDENTITY, Store
 
-_IDENTITY = CodecSpec("identity", bits=32)
 _TENSOR_TYPES = (Tensor, nn.Parameter)
-# A small view by reference keeps its whole storage alive; from this many times its own size on, it is copied instead.
-_CLONE_FACTOR = 16
 
 
 class SavedTensorHooks:
@@ -30,34 +25,25 @@ class SavedTensorHooks:
     Args:
         tracker: Tells the running operation.
         scope: Tells the running module call.
-        sites: Names the places that save tensors.
-        ledger: Books every byte.
-        codecs: The codecs for float activations.
-        backend: Kernel backend, or ``None`` for the fastest.
-        min_elements: Smaller tensors stay as they are.
+        store: Stores tensors.
+        identifier: Decides how.
+        derive: Whether to derive tensors from others instead of storing them.
     """
 
     def __init__(
         self,
         tracker: OperationTracker,
         scope: LayerScope,
-        sites: SiteTable,
-        ledger: Ledger,
-        codecs: Codecs,
-        backend: str | None,
-        min_elements: int,
+        store: Store,
+        identifier: Identifier,
+        derive: bool,
     ) -> None:
         self._tracker = tracker
         self._scope = scope
-        self._sites = sites
-        self._ledger = ledger
-        self._codecs = codecs
-        self._backend = backend
-        self._min_elements = min_elements
-        self._borrowed = Borrowed()
-        self._borrowed_seen: set[int] = set()
-        self._shared = SharedStorages()
-        self._noise = 0
+        self._store = store
+        self._identifier = identifier
+        self._deriver = Deriver(store.shared, store.cache, self._copy) if derive else None
+        tracker.observer = self._deriver
 
     def start_step(self, borrowed: Borrowed, noise: int) -> None:
         """Begin a step.
@@ -66,17 +52,17 @@ class SavedTensorHooks:
             borrowed: The storages of the model and the batch.
             noise: 64-bit mix of seed, rank and step.
         """
-        self._borrowed = borrowed
-        self._noise = noise
-        self._borrowed_seen.clear()
-        self._shared.clear()
-        self._sites.start_step()
-        self._ledger.start_step()
+        self._identifier.borrowed = borrowed
+        self._store.start_step(noise)
+        if self._deriver is not None:
+            self._deriver.start_step(borrowed)
 
     def end_step(self) -> None:
         """Let go of everything that belongs to the step; handles live on with autograd's graph."""
-        self._borrowed = Borrowed()
-        self._shared.clear()
+        self._identifier.borrowed = Borrowed()
+        self._store.end_step()
+        if self._deriver is not None:
+            self._deriver.start_step(self._identifier.borrowed)
 
     @staticmethod
     def unpack(handle: Handle) -> Tensor:
@@ -88,107 +74,52 @@ class SavedTensorHooks:
         storage = _storage(tensor)
         if storage is None:
             return self._keep_opaque(tensor)
-        verdict = identify(
-            tensor, storage._cdata, self._tracker, self._scope.frame, self._borrowed, self._codecs, self._min_elements
-        )
+        verdict = self._identifier.identify(tensor, storage._cdata, self._scope.frame)
+        handle = self._pack(tensor, storage, verdict)
+        note = self._tracker.note
+        if note is not None and verdict.role == "result":
+            note.saved.append((tensor, handle))
+            if self._deriver is not None and verdict.operation in MATMUL:
+                self._deriver.note_copy(note, tensor, handle)
+        return handle
+
+    def _pack(self, tensor: Tensor, storage: UntypedStorage, verdict: Verdict) -> Handle:
         if verdict.kind in BORROWED:
-            return self._keep_borrowed(tensor, storage, verdict)
-        stored = self._shared[storage]
-        handle = stored.find(tensor, exact=verdict.spec is None) if verdict.versioned else None
-        if handle is not None:
-            self._book(verdict, "shared")
-            return handle
-        spec, layout = self._plan(tensor, storage, verdict)
-        if spec is None or layout is None:
-            return self._keep(tensor, storage, stored, verdict)
-        return self._encode(tensor, storage, stored, verdict, spec, layout)
-
-    def _plan(
-        self, tensor: Tensor, storage: UntypedStorage, verdict: Verdict
-    ) -> tuple[CodecSpec | None, Layout | None]:
-        """Choose the codec, or none where keeping the storage alive costs no more."""
-        layout = Layout.of(tensor)
-        if layout is None:
-            return None, None
-        spec = verdict.spec
-        if spec is None and verdict.versioned and storage.nbytes() >= _CLONE_FACTOR * tensor.nbytes:
-            spec = _IDENTITY
-        elif (
-            spec is not None and spec != _IDENTITY and spec.stored_bytes(layout.numel, tensor.dtype) >= storage.nbytes()
-        ):
-            spec = None
-        return spec, layout
-
-    def _keep_borrowed(self, tensor: Tensor, storage: UntypedStorage, verdict: Verdict) -> Handle:
-        new_bytes = 0 if storage._cdata in self._borrowed_seen else storage.nbytes()
-        self._borrowed_seen.add(storage._cdata)
-        self._book(verdict, "exact", new_bytes, new_bytes)
-        return Kept(tensor)
-
-    def _keep(self, tensor: Tensor, storage: UntypedStorage, stored: StoredStorage, verdict: Verdict) -> Handle:
-        raw, raw_bytes = self._raw_charge(storage, stored)
-        held = stored.held_charge()
-        saved_bytes = 0
-        if held is None:
-            saved_bytes = storage.nbytes()
-            held = Charge(self._ledger, saved_bytes=saved_bytes)
+            return self._store.borrow(tensor, storage, verdict)
+        entry = self._store.shared[storage]
+        if verdict.levels is not None:
+            stand = Stand(tensor, *verdict.levels)
+            self._store.place(stand, tensor, entry, verdict, "nothing" if verdict.bit is None else "mask-1")
+            return stand
         if verdict.versioned:
-            stored.set_held_charge(held, tensor._version)
-        self._book(verdict, "exact", raw_bytes, saved_bytes, raw_bytes // tensor.element_size())
-        return Kept(tensor, verdict.versioned, (held, raw))
+            handle = entry.find(Geometry.of(tensor), exact=verdict.spec is None)
+            if handle is not None:
+                return self._store.share(handle, verdict)
+            handle = self._derive(tensor, entry, verdict)
+            if handle is not None:
+                return handle
+        return self._store.put(tensor, entry, verdict)
 
-    def _encode(
-        self,
-        tensor: Tensor,
-        storage: UntypedStorage,
-        stored: StoredStorage,
-        verdict: Verdict,
-        spec: CodecSpec,
-        layout: Layout,
-    ) -> Handle:
-        site = self._site(verdict)
-        key = self._sites.noise_key(site, self._noise)
-        start_ns = perf_counter_ns()
-        tensors = encode(layout.flatten(tensor), spec, key=key, backend=self._backend)
-        self._ledger.pack_ns += perf_counter_ns() - start_ns
-        self._ledger.packed_on_cpu &= tensor.device.type == "cpu"
-        raw, raw_bytes = self._raw_charge(storage, stored)
-        saved_bytes = spec.stored_bytes(layout.numel, tensor.dtype)
-        charges = Charge(self._ledger, saved_bytes=saved_bytes), raw
-        payload = Payload(tensors, spec, layout.numel, tensor.dtype, key, self._backend, charges)
-        self._ledger.record(
-            site, verdict.kind, _label(spec), raw_bytes, saved_bytes, raw_bytes // tensor.element_size()
-        )
-        return stored.add(tensor, layout, payload)
+    def _derive(self, tensor: Tensor, entry: StoredStorage, verdict: Verdict) -> Handle | None:
+        if self._deriver is None or not verdict.derivable:
+            return None
+        note = self._tracker.note
+        if note is not None and verdict.operation in SAVES_OUTPUT and verdict.is_output:
+            self._deriver.after(note, tensor)
+        derived = self._deriver.derive(entry, tensor._version, attention=verdict.kind == "attention")
+        handle = None if derived is None else entry.find(Geometry.of(tensor), exact=False)
+        if derived is not None and handle is not None:
+            self._store.place(derived, tensor, entry, verdict, "derived")
+        return handle
+
+    def _copy(self, tensor: Tensor) -> Handle:
+        verdict = Verdict(self._tracker.name(), "source", "statistic", IDENTITY)
+        return self._store.put(tensor, self._store.shared[tensor.untyped_storage()], verdict)
 
     def _keep_opaque(self, tensor: Tensor) -> Handle:
-        """Keep a tensor without a storage of its own (DTensor, sparse, nested); its bytes are its elements'."""
         operation = self._tracker.name() or "custom"
-        nbytes = _opaque_bytes(tensor)
-        if is_weight(tensor):
-            self._book(Verdict(operation, "weight", "weight"), "exact", nbytes, nbytes)
-            return Kept(tensor)
-        charge = Charge(self._ledger, saved_bytes=nbytes, raw_bytes=nbytes)
-        self._book(
-            Verdict(operation, "result", "unsupported"), "exact", nbytes, nbytes, nbytes // tensor.element_size()
-        )
-        return Kept(tensor, charges=(charge,))
-
-    def _raw_charge(self, storage: UntypedStorage, stored: StoredStorage) -> tuple[Charge, int]:
-        charge = stored.raw_charge()
-        if charge is not None:
-            return charge, 0
-        charge = Charge(self._ledger, raw_bytes=storage.nbytes())
-        stored.set_raw_charge(charge)
-        return charge, storage.nbytes()
-
-    def _site(self, verdict: Verdict) -> Site:
-        frame = self._scope.frame
-        ordinal = frame.next_ordinal(verdict.operation, verdict.role)
-        return self._sites.site(frame.layer, verdict.operation, verdict.role, ordinal)
-
-    def _book(self, verdict: Verdict, codec: str, raw_bytes: int = 0, saved_bytes: int = 0, elements: int = 0) -> None:
-        self._ledger.record(self._site(verdict), verdict.kind, codec, raw_bytes, saved_bytes, elements)
+        kind = "weight" if is_weight(tensor) else "unsupported"
+        return self._store.keep_opaque(tensor, Verdict(operation, "result", kind), _opaque_bytes(tensor))
 
 
 def _storage(tensor: Tensor) -> UntypedStorage | None:
@@ -200,11 +131,8 @@ def _storage(tensor: Tensor) -> UntypedStorage | None:
     return tensor.untyped_storage()
 
 
-def _label(spec: CodecSpec) -> str:
-    return "exact" if spec.codec == "identity" else f"{spec.codec}-{spec.bits}"
-
-
 def _opaque_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor without a storage of its own: those of its elements."""
     if tensor.layout is torch.sparse_coo:
         return tensor._indices().nbytes + tensor._values().nbytes
     return tensor.numel() * tensor.element_size()

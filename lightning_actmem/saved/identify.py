@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -36,15 +38,21 @@ _VIEWS_AND_CASTS = frozenset(
 
 @dataclass(frozen=True)
 class Codecs:
-    """The codecs a configuration chooses for float activations.
+    """The codecs a configuration chooses for floats; ``None`` keeps them exact.
 
     Args:
-        general: For any activation; ``None`` keeps it exact.
+        general: For any activation.
         relu: For outputs of a ReLU, whose exact zeros are its derivative.
+        attention: For what attention multiplies: queries, keys, values, probabilities.
+        loss: For what a loss saves.
+        smallest: Whether to store of a tensor no more than its backward reads.
     """
 
     general: CodecSpec | None
     relu: CodecSpec | None
+    attention: CodecSpec | None = None
+    loss: CodecSpec | None = None
+    smallest: bool = False
 
     @property
     def copies(self) -> bool:
@@ -62,6 +70,10 @@ class Verdict:
         kind: ``"packed"``, or why it stays exact.
         spec: The codec, or ``None`` to keep the tensor by reference.
         versioned: Whether an in-place change before backward is an error, as in plain autograd.
+        derivable: Whether something computed from rounded tensors may take its place.
+        is_output: Whether it is the operation's own output.
+        levels: The two values that a stand-in takes, for a tensor of which backward reads one bit or nothing.
+        bit: That bit, as a function of the tensor; with ``levels`` absent, the exact sign to keep beside a derivation.
     """
 
     operation: str
@@ -69,53 +81,133 @@ class Verdict:
     kind: str
     spec: CodecSpec | None = None
     versioned: bool = True
+    derivable: bool = False
+    is_output: bool = False
+    levels: tuple[float, float] | None = None
+    bit: Callable[[Tensor], Tensor] | None = None
 
 
-def identify(
-    tensor: Tensor,
-    storage_id: int,
-    call: OperationTracker,
-    frame: Frame,
-    borrowed: Borrowed,
-    codecs: Codecs,
-    min_elements: int,
-) -> Verdict:
-    """Decide how a saved tensor is stored.
+class Identifier:
+    """Decides how saved tensors are stored.
 
     Args:
-        tensor: The tensor that autograd saves; a plain dense tensor.
-        storage_id: Identity of its storage.
-        call: The operation that is running.
-        frame: The module call that is running.
-        borrowed: Storages that somebody else keeps alive.
-        codecs: The codecs for float activations.
+        call: Tells the running operation.
+        codecs: The codecs for floats.
         min_elements: Smaller tensors stay exact.
-
-    Returns:
-        The verdict.
+        exact: Patterns of layers, or of operations after ``op:``, whose tensors stay exact.
     """
-    operation = call.name() or ("checkpoint" if ops.running_checkpoint() else "custom")
-    owner = borrowed.owner(storage_id)
-    if owner is not None:
-        return Verdict(operation, owner, owner)
-    if is_weight(tensor):
-        return Verdict(operation, "weight", "weight")
-    role, source = _role(tensor, storage_id, call)
-    if isinstance(source, nn.Parameter) or (operation in ops.LINEAR and role in ("weight", "operand")):
-        return Verdict(operation, role, "weight")  # a cast of a frozen weight, or a weight computed from others
-    if operation in ops.FILLED_LATER:
-        return Verdict(operation, role, "unsupported", versioned=False)
-    if codecs.copies:
-        return Verdict(operation, role, "packed", codecs.general)
-    if tensor.is_conj() or tensor.is_neg():
-        return Verdict(operation, role, "unsupported")
-    if tensor.numel() < min_elements:
-        return Verdict(operation, role, "small")
-    if tensor.dtype == torch.bool:
-        return Verdict(operation, role, "packed", MASK)
-    if tensor.dtype not in FLOATS:
-        return Verdict(operation, role, *_index(tensor, operation, call, source))
-    return Verdict(operation, role, *_float(tensor, operation, role, source, call, frame, borrowed, codecs))
+
+    def __init__(self, call: OperationTracker, codecs: Codecs, min_elements: int, exact: tuple[str, ...] = ()) -> None:
+        self._exact = exact
+        self._excluded: dict[tuple[str, str], bool] = {}
+        self._call = call
+        self._codecs = codecs
+        self._min_elements = min_elements
+        self.borrowed = Borrowed()
+
+    def identify(self, tensor: Tensor, storage_id: int, frame: Frame) -> Verdict:
+        """Decide how a saved tensor is stored.
+
+        Args:
+            tensor: The tensor that autograd saves; a plain dense tensor.
+            storage_id: Identity of its storage.
+            frame: The module call that is running.
+
+        Returns:
+            The verdict.
+        """
+        operation = self._call.name() or ("checkpoint" if ops.running_checkpoint() else "custom")
+        owner = self.borrowed.owner(storage_id)
+        if owner is not None:
+            return Verdict(operation, owner, owner)
+        if is_weight(tensor):
+            return Verdict(operation, "weight", "weight")
+        role, source = _role(tensor, storage_id, self._call)
+        if isinstance(source, nn.Parameter) or (operation in ops.LINEAR and role in ("weight", "operand")):
+            return Verdict(operation, role, "weight")  # a cast of a frozen weight, or a weight computed from others
+        if operation in ops.FILLED_LATER:
+            return Verdict(operation, role, "unsupported", versioned=False)
+        if self._codecs.copies:
+            return Verdict(operation, role, "packed", self._codecs.general)
+        if tensor.is_conj() or tensor.is_neg():
+            return Verdict(operation, role, "unsupported")
+        if self._exact and self._is_excluded(frame.layer, operation):
+            return Verdict(operation, role, "excluded")
+        if tensor.numel() < self._min_elements:
+            return Verdict(operation, role, "small")
+        if tensor.dtype == torch.bool:
+            return Verdict(operation, role, "packed", MASK)
+        if tensor.dtype not in FLOATS:
+            return Verdict(operation, role, *_index(tensor, operation, self._call, source))
+        return self._float(tensor, operation, role, source, frame)
+
+    def _float(self, tensor: Tensor, operation: str, role: str, source: Tensor | None, frame: Frame) -> Verdict:
+        codecs = self._codecs
+        if frame.is_loss or ops.is_loss(operation):
+            return Verdict(operation, role, "loss", codecs.loss)
+        if operation in ops.DROPOUTS and source is None and not tensor.requires_grad:
+            return Verdict(operation, role, "packed", TWO_VALUED)
+        if operation in ops.ATTENTION:
+            is_probability = role == "result"  # otherwise an input of the fused kernels
+            spec = None if is_probability else codecs.attention
+            return Verdict(operation, role, "attention", spec, derivable=True, is_output=is_probability)
+        if (reduced := self._reduced(operation, role)) is not None:
+            return reduced
+        if not ops.bears_rounding(operation, self._call.arguments):
+            return Verdict(operation, role, "exact")
+        return self._activation(tensor, operation, role, source)
+
+    def _reduced(self, operation: str, role: str) -> Verdict | None:
+        """Return the verdict on a tensor of which backward reads one bit per element, or nothing."""
+        if not self._codecs.smallest:
+            return None
+        if role in ops.UNREAD.get(operation, ()):
+            return Verdict(operation, role, "unread", levels=(0.0, 0.0))
+        if operation in ops.ONE_BIT:
+            levels, bit = ops.ONE_BIT[operation](*self._call.arguments, **self._call.keywords)
+            return Verdict(operation, role, "packed", levels=levels, bit=bit)
+        return None
+
+    def _activation(self, tensor: Tensor, operation: str, role: str, source: Tensor | None) -> Verdict:
+        codecs = self._codecs
+        arguments = [argument for _, argument in self._call.tensor_arguments()]
+        if operation in ops.MATMUL and not any(map(self._is_weight, arguments)):
+            # A product of two activations: attention scores, or their sum over the values.
+            return Verdict(operation, role, "attention", codecs.attention, derivable=True)
+        largest = max((argument.numel() for argument in arguments), default=0)
+        if operation not in _PRODUCTS_WITH_WEIGHTS and tensor.numel() * _SMALL_FACTOR <= largest:
+            return Verdict(operation, role, "statistic")
+        if not tensor.requires_grad:
+            # Without grad and passed in: a constant, or features of frozen layers. Only what a linear operation
+            # multiplies by its weight is worth rounding, and only when the step's inputs are known not to be it.
+            if source is not None and not self.borrowed.knows_inputs:
+                return Verdict(operation, role, "input")
+            if source is None or operation not in _PRODUCTS_WITH_WEIGHTS:
+                return Verdict(operation, role, "constant")
+        elif tensor.is_leaf:
+            return Verdict(operation, role, "input")  # differentiated by the user, who holds it
+        kind = "exact" if codecs.general is None else "packed"
+        if operation in ops.RELU:
+            return Verdict(operation, role, kind, codecs.relu, derivable=True, is_output=True, bit=_is_positive)
+        return Verdict(operation, role, kind, codecs.general, derivable=True, is_output=role == "result")
+
+    def _is_excluded(self, layer: str, operation: str) -> bool:
+        known = self._excluded.get((layer, operation))
+        if known is None:
+            names = [layer, f"op:{operation}"]
+            while "." in layer:
+                layer = layer.rpartition(".")[0]
+                names.append(layer)
+            known = any(fnmatchcase(name, pattern) for name in names for pattern in self._exact)
+            self._excluded[names[0], operation] = known
+        return known
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        return is_weight(tensor) or self.borrowed.owns(tensor)
+
+
+def _is_positive(output: Tensor) -> Tensor:
+    return output > 0
 
 
 def is_weight(tensor: Tensor) -> bool:
@@ -170,43 +262,6 @@ def _index(
     if bits is None or bits >= tensor.element_size() * 8:
         return "index", None
     return "packed", CodecSpec("integer", bits=bits)
-
-
-def _float(
-    tensor: Tensor,
-    operation: str,
-    role: str,
-    source: Tensor | None,
-    call: OperationTracker,
-    frame: Frame,
-    borrowed: Borrowed,
-    codecs: Codecs,
-) -> tuple[str, CodecSpec | None]:
-    if frame.is_loss or ops.is_loss(operation):
-        return "loss", None
-    if operation in ops.DROPOUTS and source is None and not tensor.requires_grad:
-        return "packed", TWO_VALUED
-    if operation in ops.ATTENTION or operation.startswith("scaled_dot_product"):
-        return "attention", None
-    if not ops.bears_rounding(operation, call.arguments):
-        return "exact", None
-    arguments = [argument for _, argument in call.tensor_arguments()]
-    if operation in ops.MATMUL and not any(is_weight(argument) or borrowed.owns(argument) for argument in arguments):
-        return "attention", None  # a product of two activations: attention scores, or their sum over the values
-    largest = max((argument.numel() for argument in arguments), default=0)
-    if operation not in _PRODUCTS_WITH_WEIGHTS and tensor.numel() * _SMALL_FACTOR <= largest:
-        return "statistic", None
-    if not tensor.requires_grad:
-        # Without grad and passed in: a constant, or features of frozen layers. Only what a linear operation multiplies
-        # by its weight is worth rounding, and only when the step's inputs are known not to be it.
-        if source is not None and not borrowed.knows_inputs:
-            return "input", None
-        if source is None or operation not in _PRODUCTS_WITH_WEIGHTS:
-            return "constant", None
-    elif tensor.is_leaf:
-        return "input", None  # differentiated by the user, who holds it
-    spec = codecs.relu if operation in ops.RELU else codecs.general
-    return ("packed", spec) if spec is not None else ("exact", None)
 
 
 def _storage_id(tensor: Tensor) -> int | None:

@@ -7,7 +7,7 @@ import math
 import sys
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch.utils.checkpoint
 from torch import Tensor
@@ -49,6 +49,11 @@ LOSS = frozenset(
 )
 #: Fill their saved noise only after saving it: a copy taken when it is saved holds garbage (pytorch issue 193671).
 FILLED_LATER = frozenset(["rrelu", "rrelu_with_noise"])
+#: Arguments that are saved for their shape alone: backward never reads a value of them.
+UNREAD = {
+    **dict.fromkeys(POOLS, frozenset(["input"])),
+    "gather": frozenset(["input"]),
+}
 #: Reduce along one dimension and save positions in it.
 POSITIONS = frozenset("max min topk sort argsort median nanmedian kthvalue mode cummax cummin amax amin".split())
 
@@ -68,8 +73,56 @@ _COMPOSITES = frozenset(["multi_head_attention_forward"])
 _CHECKPOINT_FILE = torch.utils.checkpoint.__file__
 
 
+Levels = tuple[tuple[float, float], Callable[[Tensor], Tensor]]
+
+
+def _inside(low: float, high: float) -> Levels:
+    return (math.inf, low / 2 + high / 2), lambda x: (x > low) & (x < high)
+
+
+def _hardtanh(input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Levels:
+    return _inside(min_val, max_val)
+
+
+def _relu6(input: Any, inplace: bool = False) -> Levels:
+    return _inside(0.0, 6.0)
+
+
+def _hardsigmoid(input: Any, inplace: bool = False) -> Levels:
+    return _inside(-3.0, 3.0)
+
+
+def _leaky_relu(input: Any, negative_slope: float = 0.01, inplace: bool = False) -> Levels:
+    return (-1.0, 1.0), lambda x: x > 0
+
+
+#: Operations whose backward reads one bit of what they saved: called like the operation they give the stand-in values
+#: where the bit is off and on, and the bit.
+ONE_BIT: dict[str, Callable[..., Levels]] = {
+    "hardtanh": _hardtanh,
+    "relu6": _relu6,
+    "hardsigmoid": _hardsigmoid,
+    "leaky_relu": _leaky_relu,
+}
+
+
+class Observer(Protocol):
+    """Who wants to know of operations before and after they run."""
+
+    def before(self, function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """Return a note of the operation, or ``None`` when it is of no interest."""
+        ...
+
+    def after(self, note: Any, result: Any) -> None:
+        """Take the result of an operation that was noted."""
+        ...
+
+
 class OperationTracker(TorchFunctionMode):
     """Notes the torch function that is running (0.8 us per operation).
+
+    An `observer` is told of every operation that runs with gradient; ``replacements`` run instead of theirs, as
+    ``replacement(function, arguments, keywords)``.
 
     While an operation runs, `function` and `arguments` are its own; outside every operation `function` is ``None``.
     The arguments are not kept beyond the call.
@@ -77,36 +130,46 @@ class OperationTracker(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.observer: Observer | None = None
+        self.replacements: dict[Callable[..., Any], Callable[..., Any]] = {}
+        self.note: Any = None
         self.function: Callable[..., Any] | None = None
         self.arguments: tuple[Any, ...] = ()
-        self.keywords: dict[str, Any] | None = None
+        self.keywords: dict[str, Any] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the operation with its name and arguments on record."""
-        outer = self.function, self.arguments, self.keywords
+        kwargs = kwargs or {}
+        outer = self.function, self.arguments, self.keywords, self.note
+        observer = self.observer if torch.is_grad_enabled() else None
         self.function, self.arguments, self.keywords = func, args, kwargs
+        self.note = note = None if observer is None else observer.before(func, args, kwargs)
         try:
-            kwargs = kwargs or {}
+            if func in self.replacements:
+                return self.replacements[func](func, args, kwargs)
             if getattr(func, "__name__", None) in _COMPOSITES:
                 with self:
                     return _without_override_check(func)(*args, **kwargs)
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if observer is not None and note is not None:
+                observer.after(note, result)
+            return result
         finally:
-            self.function, self.arguments, self.keywords = outer
+            self.function, self.arguments, self.keywords, self.note = outer
 
     def tensor_arguments(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the name and value of every tensor among the running operation's arguments."""
         names = _ARGUMENTS.get(self.name(), _DEFAULT_ARGUMENTS)
         for position, argument in enumerate(self.arguments):
             yield from _named_tensors(names[position] if position < len(names) else f"arg{position}", argument)
-        for name, argument in (self.keywords or {}).items():
+        for name, argument in self.keywords.items():
             yield from _named_tensors(name, argument)
 
     def name(self) -> str:
         """Return the running operation's plain name (``add_`` and ``__add__`` are ``add``), or ``""``."""
-        return "" if self.function is None else _plain_name(self.function)
+        return "" if self.function is None else plain_name(self.function)
 
 
 def running_checkpoint() -> bool:
@@ -162,13 +225,15 @@ def _named_tensors(name: str, argument: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plain_name(function: Callable[..., Any]) -> str:
+def plain_name(function: Callable[..., Any]) -> str:
+    """Return a torch function's name without marks (``add_``, ``__add__`` and ``__iadd__`` are ``add``)."""
     name: str = getattr(function, "__name__", type(function).__name__)
     if name.startswith("__"):
         name = name.strip("_")
         if name[1:] in PRODUCTS | MATMUL:
             name = name[1:]  # __imul__, __rmul__; __rpow__ is another function than pow
-    return name.rstrip("_").removeprefix("_")
+    name = name.rstrip("_").removeprefix("_")
+    return "scaled_dot_product_attention" if name.startswith("scaled_dot_product") else name
 
 
 @functools.cache

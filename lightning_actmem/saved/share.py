@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from weakref import ReferenceType, ref
 
-from torch import Tensor
+import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .handle import Handle, Kept, Packed, PackedCompact, Payload
+from .geometry import Geometry, extent
+from .handle import AnyPayload, Handle, Kept, Packed, PackedCompact, Reshaped
 from .ledger import Charge
 
 if TYPE_CHECKING:
@@ -17,44 +18,48 @@ if TYPE_CHECKING:
 
     from lightning_actmem_kernels import Layout
 
+    from .derive import Outcome
+    from .derived import Derived
+
 
 @dataclass(frozen=True)
 class _Segment:
     """A payload of the elements from ``start`` to ``stop`` of a storage, as they were at ``version``."""
 
     version: int
-    dtype: object
+    dtype: torch.dtype
     start: int
     stop: int
-    payload: ReferenceType[Payload]
+    payload: ReferenceType[AnyPayload]
 
 
 @dataclass(frozen=True)
 class _Compact:
     """A payload of one strided view with gaps."""
 
-    version: int
-    dtype: object
-    geometry: tuple[int, tuple[int, ...], tuple[int, ...]]
-    payload: ReferenceType[Payload]
+    geometry: Geometry
+    payload: ReferenceType[AnyPayload]
     layout: Layout
 
 
 class StoredStorage:
-    """What is stored of one storage.
+    """What is stored of one storage, and how its contents came about.
 
     The weak reference keeps the storage's identity from being reused by another one, without keeping its memory:
     an address alone gives wrong gradients as soon as the allocator hands it out again.
     """
 
-    __slots__ = ("_compacts", "_held", "_raw", "_segments", "_weak")
+    __slots__ = ("_compacts", "_copies", "_held", "_kept", "_raw", "_segments", "_weak", "outcomes")
 
     def __init__(self, storage: UntypedStorage) -> None:
         self._weak = StorageWeakRef(storage)
         self._raw: ReferenceType[Charge] | None = None
-        self._held: tuple[int, ReferenceType[Charge]] | None = None
+        self._held: ReferenceType[Charge] | None = None
+        self._kept: ReferenceType[Kept] | None = None
         self._segments: list[_Segment] = []
         self._compacts: list[_Compact] = []
+        self._copies: list[tuple[Geometry, ReferenceType[Handle]]] = []
+        self.outcomes: dict[int, Outcome] = {}  # by version
 
     def raw_charge(self) -> Charge | None:
         """The charge for the memory that plain autograd would keep alive, while something of it is stored."""
@@ -64,58 +69,66 @@ class StoredStorage:
         """Note that charge; whoever stores something of the storage holds it."""
         self._raw = ref(charge)
 
-    def held_charge(self, version: int | None = None) -> Charge | None:
-        """The charge for keeping the storage itself alive, if somebody does (at that version)."""
-        if self._held is None or (version is not None and self._held[0] != version):
-            return None
-        return self._held[1]()
+    def held_charge(self) -> Charge | None:
+        """The charge for keeping the storage itself alive, if somebody does."""
+        return None if self._held is None else self._held()
 
-    def set_held_charge(self, charge: Charge, version: int) -> None:
-        """Note that the storage itself is kept alive."""
-        self._held = (version, ref(charge))
+    def add_kept(self, handle: Kept, charge: Charge | None) -> None:
+        """Note that a handle keeps the storage itself alive, at this charge if it is autograd's alone."""
+        self._held = None if charge is None else ref(charge)
+        self._kept = ref(handle)
 
-    def find(self, tensor: Tensor, exact: bool) -> Handle | None:
-        """Return a handle of the tensor from what is stored already.
+    def add_copy(self, geometry: Geometry, handle: Handle) -> None:
+        """Note that a handle stands for a contiguous copy of a view, in another shape."""
+        self._copies.append((geometry, ref(handle)))
+
+    def find_values(self, geometry: Geometry) -> Handle | None:
+        """Return a handle of a view's values, rounded or not, whatever its strides."""
+        handle = self.find(geometry, exact=False)
+        for known, copy in self._copies:
+            if handle is None and known == geometry and (original := copy()) is not None:
+                handle = Reshaped(original, geometry.size)
+        return handle
+
+    def find(self, geometry: Geometry, exact: bool) -> Handle | None:
+        """Return a handle of a view of the storage from what is stored already.
 
         Args:
-            tensor: The tensor that autograd saves.
+            geometry: The view.
             exact: Whether a rounded copy will not do.
 
         Returns:
-            The handle, or ``None`` when nothing stored yields the tensor.
+            The handle, or ``None`` when nothing stored yields the view.
         """
-        version, dtype, start = tensor._version, tensor.dtype, int(tensor.storage_offset())
-        size, stride = tuple(tensor.shape), tensor.stride()
-        if (held := self.held_charge(version)) is not None:
-            return Kept(tensor, charges=(held, self.raw_charge()))
-        if exact and not self._lossless():
-            return None
-        stop = start + extent(size, stride)
+        kept = None if self._kept is None else self._kept()
+        if kept is not None and (handle := kept.view(geometry)) is not None:
+            return handle
+        version, dtype, start = geometry.version, geometry.dtype, geometry.start
+        stop = start + extent(geometry.size, geometry.stride)
         for segment in self._segments:
             payload = segment.payload()
             inside = segment.start <= start and stop <= segment.stop
-            if payload is not None and inside and (segment.version, segment.dtype) == (version, dtype):
-                return Packed(payload, size, stride, start - segment.start)
+            good = payload is not None and (payload.lossless or not exact)
+            if payload is not None and good and inside and (segment.version, segment.dtype) == (version, dtype):
+                return Packed(payload, geometry.size, geometry.stride, start - segment.start)
         for compact in self._compacts:
             payload = compact.payload()
-            same = (compact.version, compact.dtype, compact.geometry) == (version, dtype, (start, size, stride))
-            if payload is not None and same:
+            if payload is not None and compact.geometry == geometry and (payload.lossless or not exact):
                 return PackedCompact(payload, compact.layout)
         return None
 
-    def _lossless(self) -> bool:
-        stored = [entry.payload() for entry in self._segments] + [entry.payload() for entry in self._compacts]
-        return bool(stored) and all(payload is None or payload.spec.lossless for payload in stored)
-
-    def add(self, tensor: Tensor, layout: Layout, payload: Payload) -> Handle:
-        """Note a new payload of the tensor and return its handle."""
-        version, dtype, start = tensor._version, tensor.dtype, int(tensor.storage_offset())
-        size, stride = tuple(tensor.shape), tensor.stride()
+    def add(self, geometry: Geometry, layout: Layout, payload: AnyPayload) -> Handle:
+        """Note a new payload of a view and return its handle."""
         if layout.dense:
-            self._segments.append(_Segment(version, dtype, start, start + layout.numel, ref(payload)))
-            return Packed(payload, size, stride, 0)
-        self._compacts.append(_Compact(version, dtype, (start, size, stride), ref(payload), layout))
+            stop = geometry.start + layout.numel
+            self._segments.append(_Segment(geometry.version, geometry.dtype, geometry.start, stop, ref(payload)))
+            return Packed(payload, geometry.size, geometry.stride, 0)
+        self._compacts.append(_Compact(geometry, ref(payload), layout))
         return PackedCompact(payload, layout)
+
+    def add_derived(self, version: int, dtype: torch.dtype, derived: Derived) -> None:
+        """Note that the whole storage can be computed; ``derived`` lives as long as somebody holds a handle of it."""
+        self._segments.append(_Segment(version, dtype, 0, derived.numel, ref(derived)))
 
 
 class SharedStorages:
@@ -132,11 +145,6 @@ class SharedStorages:
 
     def clear(self) -> None:
         """Forget everything; payloads live on with their handles."""
+        for entry in self._entries.values():
+            entry.outcomes.clear()  # recipes and storages refer to each other
         self._entries.clear()
-
-
-def extent(size: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """Return the number of elements from a view's first to its last, inclusive."""
-    if 0 in size:
-        return 0
-    return 1 + sum((length - 1) * step for length, step in zip(size, stride, strict=True))

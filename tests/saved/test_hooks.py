@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -316,11 +316,27 @@ def test_packing_leaves_autocast_and_grad_mode_alone() -> None:
     assert x.grad.isfinite().all()
 
 
-def test_every_byte_in_the_ledger_is_a_real_storage() -> None:
+def stored_tensors(held: Any) -> Iterator[Tensor]:
+    """Yield what a handle holds, its own and what it is derived from; weights aside."""
+    if isinstance(held, nn.Parameter) or held is None:
+        return
+    if isinstance(held, Tensor):
+        yield held
+    elif isinstance(held, (tuple, list)):
+        for item in held:
+            yield from stored_tensors(item)
+    else:
+        for name in ("payload", "tensors", "mask", "_tensor", "_handle", "_handles"):
+            yield from stored_tensors(getattr(held, name, None))
+
+
+@pytest.mark.parametrize("derive", [False, True])
+def test_every_byte_in_the_ledger_is_a_real_storage(derive: bool) -> None:
     """Sum the storages that the handles of the graph really hold, and compare with the ledger."""
     x = torch.randn(64, 64, requires_grad=True)
     handles: list[Any] = []
-    compressor = engine(bits=3, group_size=64)
+    compressor = engine(bits=3, group_size=64, derive=derive)
+    fc = nn.Parameter(torch.randn(64, 64))
     pack = compressor._hooks.pack
     compressor._stack._pair = (lambda t: handles.append(pack(t)) or handles[-1]), compressor._hooks.unpack
     with compressor.compress():
@@ -328,10 +344,10 @@ def test_every_byte_in_the_ledger_is_a_real_storage() -> None:
         q, k, v = (h * i for i in (1, 2, 3))
         out = F.scaled_dot_product_attention(q[None], k[None], v[None])
         F.cross_entropy(F.max_pool1d(F.gelu(out), 2)[0], torch.arange(64) % 32)
+        F.leaky_relu(F.softmax(F.layer_norm(F.relu(h), (64,)).tanh() @ fc, 1))
     storages: dict[int, int] = {}
     for handle in handles:
-        tensors = handle.payload.tensors if hasattr(handle, "payload") else (handle._tensor,)
-        for tensor in tensors:
+        for tensor in stored_tensors(handle):
             storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
     borrowed = sum(saved for kind, (_, saved) in compressor.report().bytes_by_kind.items() if kind == "input")
     assert compressor.ledger.live_saved_bytes == sum(storages.values()) - borrowed

@@ -94,7 +94,8 @@ CASES = [
     Case("operators", lambda m, x: (hidden(x) * hidden(x)) ** 2, {"mul": {"packed"}, "pow": {"packed"}}),
     Case("dropout", lambda m, x: F.dropout(hidden(x), 0.5), {"dropout": {"packed"}}),
     Case("bool mask", lambda m, x: torch.where(x > 0, hidden(x), 0.0), {"where": {"packed"}}),
-    Case("max pool", lambda m, x: F.max_pool2d(image(x), 2), {"max_pool2d": {"packed"}}),
+    Case("max pool", lambda m, x: F.max_pool2d(image(x), 2), {"max_pool2d": {"packed", "unread"}}),
+    Case("leaky relu", lambda m, x: F.leaky_relu(hidden(x)), {"leaky_relu": {"packed"}}),
     Case("sort", lambda m, x: hidden(x).sort(dim=1).values, {"sort": {"packed"}}),
     Case("index", lambda m, x: m.embedding(torch.arange(64) % 10), {"embedding": {"index"}}),
     Case("eager attention", attention, {"matmul": {"attention"}, "softmax": {"attention"}, "dropout": {"packed"}}),
@@ -153,7 +154,8 @@ def codec_of(case_name: str, operation: str, **config: Any) -> set[str]:
         ("relu in place", "relu", {"relu-4"}),
         ("bool mask", "where", {"mask-1"}),
         ("dropout", "dropout", {"two_valued-1"}),
-        ("max pool", "max_pool2d", {"uniform-4", "integer-8"}),
+        ("max pool", "max_pool2d", {"nothing", "integer-8"}),
+        ("leaky relu", "leaky_relu", {"mask-1"}),
         ("sort", "sort", {"integer-8"}),
         ("gelu", "gelu", {"uniform-4"}),
     ],
@@ -193,3 +195,25 @@ def test_everything_in_a_loss_module_stays_exact() -> None:
 def test_roles_name_the_argument() -> None:
     _, engine = saved_kinds(next(case for case in CASES if case.name == "autocast"))
     assert {(str(site)) for site in engine.ledger.sites} == {"fc/linear.input", "fc/linear.weight"}
+
+
+@pytest.mark.parametrize(
+    ("patterns", "exact"),
+    [
+        (("norm",), {"norm"}),
+        (("op:gelu",), {""}),
+        (("n*",), {"norm"}),
+        (("*",), {"norm", "", "deep.1"}),
+        (("deep",), {"deep.1"}),
+        (("deep.0", "nor"), set()),
+    ],
+)
+def test_patterns_keep_layers_and_operations_exact(patterns: tuple[str, ...], exact: set[str]) -> None:
+    model = Tiny()
+    model.deep = nn.Sequential(nn.Identity(), nn.LayerNorm(WIDTH))
+    engine = ActMemEngine(min_elements=0, exact=patterns)
+    with engine.compress(model):
+        F.gelu(model.deep(model.norm(hidden(torch.randn(64, WIDTH)))))
+    kinds = {site.layer: row.kind for site, row in engine.ledger.sites.items() if site.role == "input"}
+    assert {layer for layer, kind in kinds.items() if kind == "excluded"} == exact
+    assert {layer for layer, kind in kinds.items() if kind == "packed"} == {"norm", "", "deep.1"} - exact

@@ -75,7 +75,7 @@ def test_tensor_arguments_are_named() -> None:
         {"bias": torch.ones(3)},
     )
     assert [(name, len(t)) for name, t in tracker.tensor_arguments()] == [("input", 1), ("weight", 2), ("bias", 3)]
-    tracker.function, tracker.arguments, tracker.keywords = torch.cat, ([torch.ones(1), torch.ones(2)],), None
+    tracker.function, tracker.arguments, tracker.keywords = torch.cat, ([torch.ones(1), torch.ones(2)],), {}
     assert [(name, len(t)) for name, t in tracker.tensor_arguments()] == [("input0", 1), ("input1", 2)]
 
 

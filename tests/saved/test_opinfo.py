@@ -1,4 +1,7 @@
-"""Every operation and module that torch tests itself with: gradients under lossless packing are bit-equal."""
+"""Every operation and module that torch tests itself with: gradients under lossless packing are bit-equal.
+
+With derivation on they are equal within the rounding of what is computed again.
+"""
 
 from __future__ import annotations
 
@@ -53,6 +56,13 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
     return a.shape == b.shape and torch.equal(a.to_dense().nan_to_num(7), b.to_dense().nan_to_num(7))
 
 
+def close(a: Tensor | None, b: Tensor | None) -> bool:
+    """Equal but for the rounding of what is computed again."""
+    if a is None or b is None:
+        return a is b
+    return torch.allclose(a.to_dense(), b.to_dense(), rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
 def check(run: Callable[[], Any], leaves: list[Tensor], label: str) -> bool:
     """Compare plain and packed gradients; return whether there was something to compare."""
     try:
@@ -61,10 +71,11 @@ def check(run: Callable[[], Any], leaves: list[Tensor], label: str) -> bool:
         return False
     if not all(map(same, plain, again)):
         return False  # not repeatable without hooks either
-    for config in ({"codec": "identity"}, {"bits": 32}):
+    for config in ({"codec": "identity"}, {"bits": 32}, {"bits": 32, "derive": True}):
         packed = gradients(run, leaves, ActMemEngine(min_elements=0, **config))
         assert len(packed) == len(plain), label
-        assert all(map(same, plain, packed)), f"{label} with {config}"
+        alike = close if config.get("derive") else same
+        assert all(map(alike, plain, packed)), f"{label} with {config}"
     return bool(plain)
 
 

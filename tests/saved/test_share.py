@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_actmem.saved.handle import Kept, Payload
+from lightning_actmem.saved.geometry import Geometry, extent
+from lightning_actmem.saved.handle import DecodeCache, Kept, Payload
 from lightning_actmem.saved.ledger import Charge, Ledger
-from lightning_actmem.saved.share import SharedStorages, extent
+from lightning_actmem.saved.share import SharedStorages
 from lightning_actmem_kernels import CodecSpec, Layout, encode
 
 IDENTITY = CodecSpec("identity")
@@ -21,14 +23,13 @@ UNIFORM = CodecSpec("uniform", bits=4)
 def store(shared: SharedStorages, tensor: Tensor, spec: CodecSpec = IDENTITY) -> Any:
     layout = Layout.of(tensor)
     assert layout is not None
-    payload = Payload(
-        encode(layout.flatten(tensor), spec, key=0), spec, layout.numel, tensor.dtype, 0, None, (Charge(Ledger()),)
-    )
-    return shared[tensor.untyped_storage()].add(tensor, layout, payload)
+    tensors = encode(layout.flatten(tensor), spec, key=0)
+    payload = Payload(tensors, spec, layout.numel, tensor.dtype, 0, None, DecodeCache(), (Charge(Ledger()),))
+    return shared[tensor.untyped_storage()].add(Geometry.of(tensor), layout, payload)
 
 
 def find(shared: SharedStorages, tensor: Tensor, exact: bool = False) -> Any:
-    return shared[tensor.untyped_storage()].find(tensor, exact)
+    return shared[tensor.untyped_storage()].find(Geometry.of(tensor), exact)
 
 
 def views(base: Tensor) -> st.SearchStrategy[Tensor]:
@@ -112,14 +113,33 @@ def test_a_storage_kept_alive_serves_every_view_by_reference() -> None:
     base = torch.randn(512)
     shared = SharedStorages()
     charge = Charge(Ledger(), saved_bytes=base.nbytes)
-    shared[base.untyped_storage()].set_held_charge(charge, base._version)
+    kept = Kept(base, charges=(charge,))
+    shared[base.untyped_storage()].add_kept(kept, charge)
     found = find(shared, base[3:9], exact=True)
     assert isinstance(found, Kept)
     assert found.restore().data_ptr() == base[3:].data_ptr()
-    del charge
-    assert find(shared, base[3:9], exact=True) is not None  # the first handle holds the charge on
-    del found
-    assert find(shared, base[3:9], exact=True) is None
+    base.add_(1)
+    assert find(shared, base[3:9]) is None  # another version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        found.restore()
+    del kept
+    assert shared[base.untyped_storage()].held_charge() is charge  # the view's handle holds it on
+    del charge, found
+    assert shared[base.untyped_storage()].held_charge() is None
+
+
+def test_a_contiguous_copy_serves_for_the_values_of_the_original() -> None:
+    base = torch.randn(2, 3, 4, 5).transpose(1, 2)
+    shared = SharedStorages()
+    copy = base.reshape(-1, 3, 5).clone()
+    handle = store(shared, copy)
+    entry = shared[base.untyped_storage()]
+    entry.add_copy(Geometry.of(base), handle)
+    found = entry.find_values(Geometry.of(base))
+    assert found is not None
+    assert torch.equal(found.restore(), base)
+    assert find(shared, base) is None
+    assert entry.find_values(Geometry.of(base[0])) is None
 
 
 def test_an_address_used_again_is_another_storage() -> None:

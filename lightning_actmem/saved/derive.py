@@ -1,0 +1,271 @@
+"""Which tensors need not be stored because they follow from others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, UntypedStorage, nn
+
+from . import operation as ops
+from .borrowed import Borrowed
+from .derived import Derived
+from .geometry import Geometry
+from .handle import DecodeCache, Handle, Kept
+from .identify import is_weight
+from .recipe import Autocast, Recipe, Slot, Source, changes_first_argument, tensors_of, with_slots
+from .share import SharedStorages, StoredStorage
+
+# Deterministic, and cheap enough to run twice: element-wise, row-wise, or a copy. Roots and logarithms are absent: an
+# argument that was rounded below zero would give them NaN.
+_ELEMENTWISE = ops.ACTIVATIONS | ops.PRODUCTS | ops.POWERS | ops.RELU | frozenset("add sub rsub neg div".split())
+_ROWS = frozenset("layer_norm group_norm rms_norm softmax masked_fill where".split())
+_COPIES = frozenset("to float half bfloat16 type_as contiguous clone reshape flatten cat stack".split())
+_MATRIX_PRODUCTS = frozenset("matmul bmm baddbmm".split())
+_REPLAYED = _ELEMENTWISE | _ROWS | _COPIES | _MATRIX_PRODUCTS
+_FROM_SAVED = frozenset(["batch_norm"]) | ops.DROPOUTS
+#: Save their own output: its recipe is needed while the operation still runs.
+SAVES_OUTPUT = frozenset("relu tanh sigmoid softmax exp".split())
+
+_MAX_DEPTH = 16
+# An argument this many times smaller than the result is stored by value when it is not stored already.
+_SMALL_FACTOR = 32
+# A mask that all heads, and mostly all layers, have in common.
+_MASK_FACTOR = 2
+_MASKED = frozenset("add masked_fill where".split())
+_BATCH_NORM_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+
+
+class Note:
+    """An operation that is running: its arguments as they were before it, and what it has saved.
+
+    Args:
+        operation: Its plain name.
+        function: The torch function.
+        arguments: Its positional arguments.
+        keywords: Its keyword arguments.
+    """
+
+    __slots__ = (
+        "arguments",
+        "autocast",
+        "function",
+        "geometries",
+        "inplace",
+        "keywords",
+        "operation",
+        "saved",
+        "tensors",
+    )
+
+    def __init__(
+        self, operation: str, function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> None:
+        self.operation = operation
+        self.function = function
+        self.arguments = arguments
+        self.keywords = keywords
+        self.tensors = list(tensors_of([arguments, keywords]))
+        self.geometries = [Geometry.of(tensor) if is_plain(tensor) else None for tensor in self.tensors]
+        self.inplace = changes_first_argument(function, keywords)
+        self.autocast = Autocast.now(self.tensors[0].device.type) if self.tensors else None
+        self.saved: list[tuple[Tensor, Handle]] = []  # results among what it saves: statistics, masks
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A storage's contents as the result of a recipe.
+
+    Args:
+        recipe: The recipe.
+        size: Shape of the result.
+        stride: Its strides.
+        dtype: Its type.
+    """
+
+    recipe: Recipe
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Deriver:
+    """Notes how tensors come about during one step, and derives those that follow from what is stored.
+
+    Args:
+        shared: What is stored.
+        cache: Remembers the last computed segments.
+        copy: Stores a small tensor by value and books its bytes.
+    """
+
+    def __init__(self, shared: SharedStorages, cache: DecodeCache, copy: Callable[[Tensor], Handle]) -> None:
+        self._shared = shared
+        self._cache = cache
+        self._copy = copy
+        self._borrowed = Borrowed()
+
+    def start_step(self, borrowed: Borrowed) -> None:
+        """Begin a step with these storages of the model and the batch."""
+        self._borrowed = borrowed
+
+    def before(self, function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Note | None:
+        """Note an operation that is about to run, if its result may be derivable."""
+        operation = ops.plain_name(function)
+        if operation not in _REPLAYED and operation not in _FROM_SAVED:
+            return None
+        return Note(operation, function, arguments, keywords)
+
+    def after(self, note: Note, result: Any) -> None:
+        """Note the result of an operation: how the contents of its storage came about."""
+        if not isinstance(result, Tensor) or not result.requires_grad or not is_plain(result):
+            return
+        storage = result.untyped_storage()
+        if storage.nbytes() != result.nbytes or self._is_argument(note, storage, result._version):
+            return  # a recipe is for a whole storage
+        outcomes = self._shared[storage].outcomes
+        if result._version not in outcomes and (recipe := self._recipe(note, result)) is not None:
+            outcomes[result._version] = Outcome(recipe, tuple(result.shape), result.stride(), result.dtype)
+
+    def note_copy(self, note: Note, tensor: Tensor, handle: Handle) -> None:
+        """Note that a matrix product has saved a contiguous copy of one of its arguments instead of the argument."""
+        matches = [
+            (argument, geometry)
+            for argument, geometry in zip(note.tensors, note.geometries, strict=True)
+            if geometry is not None
+            and (argument.numel(), argument.dtype) == (tensor.numel(), tensor.dtype)
+            and argument.shape[-2:] == tensor.shape[-2:]
+        ]
+        if len(matches) == 1 and tensor.is_contiguous():
+            argument, geometry = matches[0]
+            self._shared[argument.untyped_storage()].add_copy(geometry, handle)
+
+    def derive(self, entry: StoredStorage, version: int, attention: bool) -> Derived | None:
+        """Make a storage's contents derivable, if they follow from what is stored.
+
+        Args:
+            entry: The storage.
+            version: Version of its contents.
+            attention: Whether products of activations may be run again.
+
+        Returns:
+            What stands for the payload; it is known to ``entry`` as long as somebody holds it. ``None`` if the
+            contents do not follow.
+        """
+        outcome = entry.outcomes.get(version)
+        if outcome is None or (outcome.recipe.product and not attention):
+            return None
+        handles: list[Handle] = []
+        for wanted in outcome.recipe.inputs:
+            handle = self._handle(wanted, attention)
+            if handle is None:
+                return None
+            handles.append(handle)
+        derived = Derived(outcome.recipe, tuple(handles), outcome.size, outcome.stride, outcome.dtype, self._cache)
+        if derived.depth > _MAX_DEPTH:
+            return None
+        entry.add_derived(version, outcome.dtype, derived)
+        return derived
+
+    def _handle(self, wanted: Source | nn.Parameter | Handle, attention: bool) -> Handle | None:
+        if isinstance(wanted, nn.Parameter):
+            return Kept(wanted)
+        if not isinstance(wanted, Source):
+            return wanted
+        handle = wanted.storage.find_values(wanted.geometry)
+        if handle is not None:
+            return handle
+        if wanted.small is not None:
+            # By value: what autograd itself does not save may well be changed before backward.
+            return self._copy(wanted.small) if wanted.small._version == wanted.geometry.version else None
+        derived = self.derive(wanted.storage, wanted.geometry.version, attention)
+        return None if derived is None else wanted.storage.find(wanted.geometry, exact=False)
+
+    def _recipe(self, note: Note, result: Tensor) -> Recipe | None:
+        inputs = self._inputs(note, result)
+        if inputs is None or note.autocast is None:
+            return None
+        if note.operation in ops.DROPOUTS:
+            return _dropout_recipe(note, inputs)
+        if note.operation == "batch_norm" and _is_training(note):
+            return _batch_norm_recipe(note, inputs)
+        product = note.operation in _MATRIX_PRODUCTS
+        if product and any(is_weight(tensor) or self._borrowed.owns(tensor) for tensor in note.tensors):
+            return None  # a layer's own product is not cheap
+        if note.operation == "div" and any(isinstance(value, Source) and value.small is None for value in inputs[1:]):
+            return None  # rounded, it may be zero
+        if note.operation in ops.POWERS and not ops.bears_rounding(note.operation, note.arguments):
+            return None
+        arguments, keywords = with_slots((note.arguments, note.keywords))
+        return Recipe(note.function, arguments, keywords, inputs, note.autocast, note.inplace, product)
+
+    def _inputs(self, note: Note, result: Tensor) -> tuple[Source | nn.Parameter, ...] | None:
+        inputs: list[Source | nn.Parameter] = []
+        for tensor, geometry in zip(note.tensors, note.geometries, strict=True):
+            if geometry is None or tensor.device != result.device:
+                return None
+            if isinstance(tensor, nn.Parameter):
+                inputs.append(tensor)
+                continue
+            is_mask = note.operation in _MASKED and not tensor.requires_grad
+            small = tensor.numel() * (_MASK_FACTOR if is_mask else _SMALL_FACTOR) <= result.numel()
+            inputs.append(Source(self._shared[tensor.untyped_storage()], geometry, tensor if small else None))
+        return tuple(inputs)
+
+    @staticmethod
+    def _is_argument(note: Note, storage: UntypedStorage, version: int) -> bool:
+        """Whether a result is a view of an argument that the operation has not changed."""
+        return any(
+            geometry is not None and geometry.version == version and tensor.untyped_storage()._cdata == storage._cdata
+            for tensor, geometry in zip(note.tensors, note.geometries, strict=True)
+        )
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is dense and its own: no subclass, not sparse, not conjugated."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout is torch.strided
+        and not (tensor.is_nested or tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+    )
+
+
+def _dropout_recipe(note: Note, inputs: tuple[Any, ...]) -> Recipe | None:
+    if len(note.saved) != 1 or note.autocast is None:
+        return None
+    mask, handle = note.saved[0]
+    keep = 1.0
+    if mask.dtype == torch.bool:  # the fused kernels save a bool mask and scale by themselves
+        p = note.arguments[1] if len(note.arguments) > 1 else note.keywords.get("p", 0.5)
+        keep = 1.0 - float(p)
+    return Recipe(_masked, (Slot(0), Slot(1), keep), {}, (inputs[0], handle), note.autocast)
+
+
+def _masked(x: Tensor, mask: Tensor, keep: float) -> Tensor:
+    return x * mask if keep == 1.0 else x * mask / keep
+
+
+def _is_training(note: Note) -> bool:
+    return bool({**dict(zip(_BATCH_NORM_ARGUMENTS, note.arguments, strict=False)), **note.keywords}.get("training"))
+
+
+def _batch_norm_recipe(note: Note, inputs: tuple[Any, ...]) -> Recipe | None:
+    """Normalise by the statistics of the forward pass, which the operation has saved."""
+    given = {**dict(zip(_BATCH_NORM_ARGUMENTS, note.arguments, strict=False)), **note.keywords}
+    statistics = [handle for tensor, handle in note.saved if tensor.is_floating_point() and tensor.dim() == 1]
+    affine = tuple(given[name] for name in ("weight", "bias") if isinstance(given.get(name), nn.Parameter))
+    if note.function is not F.batch_norm or len(statistics) < 2 or len(affine) == 1 or note.autocast is None:
+        return None
+    slots = tuple(Slot(index) for index in range(3 + len(affine)))
+    return Recipe(_normalised, slots, {}, (inputs[0], *statistics[:2], *affine), note.autocast)
+
+
+def _normalised(
+    x: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    scale = inverse_deviation if weight is None else inverse_deviation * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    return torch.addcmul(shift.view(shape).to(x.dtype), x, scale.view(shape).to(x.dtype))

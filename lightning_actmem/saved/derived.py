@@ -1,0 +1,77 @@
+"""Memory segments that are computed when they are asked for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import ActMemError
+from .handle import DecodeCache, Handle
+from .ledger import Charge
+from .recipe import Recipe
+
+
+class Derived:
+    """Stands for a payload: a segment that is computed from other handles.
+
+    Args:
+        recipe: How.
+        handles: From what, one for each of the recipe's inputs.
+        size: Shape of the result.
+        stride: Its strides.
+        dtype: Its type.
+        cache: Remembers the last computed segments.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_dtype",
+        "_handles",
+        "_recipe",
+        "_size",
+        "_stride",
+        "cache",
+        "charge",
+        "depth",
+        "lossless",
+        "mask",
+        "numel",
+    )
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        handles: tuple[Handle, ...],
+        size: tuple[int, ...],
+        stride: tuple[int, ...],
+        dtype: torch.dtype,
+        cache: DecodeCache,
+    ) -> None:
+        self._recipe = recipe
+        self._handles = handles
+        self._size = size
+        self._stride = stride
+        self._dtype = dtype
+        self.cache = cache
+        self.mask: Handle | None = None  # the exact sign of a ReLU's output
+        self.charge: Charge | None = None  # what plain autograd would keep alive instead
+        self.numel = torch.Size(size).numel()
+        self.depth = 1 + sum(handle.depth for handle in handles)
+        self.lossless = False  # as close as the operation is reproducible: not for who needs the very bits
+
+    def decode(self) -> Tensor:
+        """Return the segment, 1-D in memory order; the same values every time."""
+        tensors = [handle.restore() for handle in self._handles]
+        if not all(tensor.untyped_storage().nbytes() or not tensor.numel() for tensor in tensors):
+            raise ActMemError(
+                "a tensor is to be computed again from a weight whose memory is not there at the moment (FSDP has "
+                "resharded it). Set derive=False, or shard norm layers together with the layers that use their output."
+            )
+        result = self._recipe.run(tensors)
+        if self.mask is not None:
+            # The derivative of a ReLU is the sign of its output, which must not hang on how its input was rounded.
+            result = result.clamp(min=torch.finfo(result.dtype).tiny).mul_(self.mask.restore())
+        if result.stride() != self._stride or result.dtype != self._dtype:
+            like = torch.empty_strided(self._size, self._stride, dtype=self._dtype, device=result.device)
+            result = like.copy_(result)
+        return result.detach().as_strided((self.numel,), (1,), 0)

@@ -1,0 +1,41 @@
+"""Views of a storage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A view of a storage at one version.
+
+    Args:
+        version: Version of the storage's contents (autograd counts in-place changes).
+        dtype: Type of the elements.
+        size: Shape.
+        stride: Strides, in elements.
+        start: First element within the storage.
+    """
+
+    version: int
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    start: int
+
+    @staticmethod
+    def of(tensor: Tensor) -> Geometry:
+        """The geometry of a plain dense tensor, as it is now."""
+        return Geometry(
+            tensor._version, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
+        )
+
+
+def extent(size: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Return the number of elements from a view's first to its last, inclusive."""
+    if 0 in size:
+        return 0
+    return 1 + sum((length - 1) * step for length, step in zip(size, stride, strict=True))

@@ -1,0 +1,137 @@
+"""A recipe: an operation with its arguments, to be run again on what is stored."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .geometry import Geometry
+
+if TYPE_CHECKING:
+    from .handle import Handle
+    from .share import StoredStorage
+
+_INPLACE_OPERATORS = frozenset("__iadd__ __isub__ __imul__ __itruediv__ __ipow__".split())
+
+
+@dataclass(frozen=True)
+class Source:
+    """An argument that has to be stored, or derivable, for the result to be derivable.
+
+    Args:
+        storage: Its storage.
+        geometry: What of it, and when.
+        small: The argument itself where it is so small that it can be stored for the purpose.
+    """
+
+    storage: StoredStorage
+    geometry: Geometry
+    small: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of a tensor among a recipe's arguments."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """The autocast state that an operation ran under."""
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @staticmethod
+    def now(device_type: str) -> Autocast:
+        """The state for that type of device."""
+        return Autocast(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An operation and its arguments, with slots where the tensors were.
+
+    Args:
+        function: What to run: the torch function itself, or one that gives the same result from what it saved.
+        arguments: Positional arguments; a `Slot` stands for a tensor.
+        keywords: Keyword arguments, likewise.
+        inputs: What goes into the slots: an argument to be found, a parameter, or a handle.
+        autocast: The autocast state it ran under.
+        inplace: Whether it changes its first argument.
+        product: Whether it multiplies matrices, which is not cheap: run again for attention only.
+    """
+
+    function: Callable[..., Any]
+    arguments: Any
+    keywords: Any
+    inputs: tuple[Source | nn.Parameter | Handle, ...]
+    autocast: Autocast
+    inplace: bool = False
+    product: bool = False
+
+    def run(self, tensors: list[Tensor]) -> Tensor:
+        """Run the operation on these tensors, without gradient and unseen by torch-function modes."""
+        if self.inplace:
+            tensors[0] = tensors[0].clone(memory_format=torch.preserve_format)
+        state = self.autocast
+        with (
+            torch._C.DisableTorchFunction(),
+            torch.no_grad(),
+            torch.autocast(state.device_type, state.dtype, enabled=state.enabled, cache_enabled=False),
+        ):
+            result: Tensor = self.function(*_fill(self.arguments, tensors), **_fill(self.keywords, tensors))
+        return result
+
+
+def changes_first_argument(function: Callable[..., Any], keywords: dict[str, Any]) -> bool:
+    """Whether a torch function works in place."""
+    name: str = getattr(function, "__name__", "")
+    if name.startswith("__"):
+        return name in _INPLACE_OPERATORS
+    return name.endswith("_") or keywords.get("inplace") is True
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors among arguments, in the order of their slots."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_of(item)
+    elif isinstance(value, dict):
+        yield from tensors_of(list(value.values()))
+
+
+def with_slots(value: Any) -> Any:
+    """Return arguments with a `Slot` for every tensor, numbered in the order of `tensors_of`."""
+    return _slotted(value, itertools.count())
+
+
+def _slotted(value: Any, numbers: Iterator[int]) -> Any:
+    if isinstance(value, Tensor):
+        return Slot(next(numbers))
+    if isinstance(value, (list, tuple)):
+        items = [_slotted(item, numbers) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
+    if isinstance(value, dict):
+        return {name: _slotted(item, numbers) for name, item in value.items()}
+    return value
+
+
+def _fill(value: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(value, Slot):
+        return tensors[value.index]
+    if isinstance(value, (list, tuple)):
+        items = [_fill(item, tensors) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
+    if isinstance(value, dict):
+        return {name: _fill(item, tensors) for name, item in value.items()}
+    return value

@@ -1,0 +1,167 @@
+"""Where tensors are stored: kept by reference or encoded, shared, and booked byte for byte."""
+
+from __future__ import annotations
+
+from time import perf_counter_ns
+
+from torch import Tensor, UntypedStorage
+
+from lightning_actmem_kernels import CodecSpec, Layout, encode
+
+from .derived import Derived
+from .geometry import Geometry
+from .handle import DecodeCache, Handle, Kept, Packed, Payload, Stand
+from .identify import MASK, Verdict
+from .ledger import Charge, Ledger
+from .scope import LayerScope
+from .share import SharedStorages, StoredStorage
+from .site import Site, SiteTable
+
+IDENTITY = CodecSpec("identity")
+# A view by reference keeps its whole storage alive; from this many times its own size on, it is copied instead.
+_CLONE_FACTOR = 16
+
+
+class Store:
+    """Stores tensors for one step after another.
+
+    Args:
+        scope: Tells the running module call.
+        ledger: Books every byte.
+        backend: Kernel backend, or ``None`` for the fastest.
+    """
+
+    def __init__(self, scope: LayerScope, ledger: Ledger, backend: str | None) -> None:
+        self.shared = SharedStorages()
+        self._scope = scope
+        self._sites = SiteTable()
+        self._ledger = ledger
+        self._backend = backend
+        self.cache = DecodeCache()
+        self._borrowed_seen: set[int] = set()
+        self._noise = 0
+
+    def start_step(self, noise: int) -> None:
+        """Begin a step with this mix of seed, rank and step."""
+        self._noise = noise
+        self._borrowed_seen.clear()
+        self.shared.clear()
+        self._sites.start_step()
+        self._ledger.start_step()
+
+    def end_step(self) -> None:
+        """Let go of everything that belongs to the step; handles live on with autograd's graph."""
+        self.shared.clear()
+
+    def share(self, handle: Handle, verdict: Verdict) -> Handle:
+        """Book a tensor that is stored already."""
+        self._book(verdict, "shared")
+        return handle
+
+    def borrow(self, tensor: Tensor, storage: UntypedStorage, verdict: Verdict) -> Handle:
+        """Keep a tensor that stays alive anyway."""
+        new_bytes = 0 if storage._cdata in self._borrowed_seen else storage.nbytes()
+        self._borrowed_seen.add(storage._cdata)
+        self._book(verdict, "exact", new_bytes, new_bytes)
+        handle = Kept(tensor)
+        if verdict.kind != "weight":
+            self.shared[storage].add_kept(handle, None)  # something may be derived from it
+        return handle
+
+    def keep_opaque(self, tensor: Tensor, verdict: Verdict, nbytes: int) -> Handle:
+        """Keep a tensor without a storage of its own (DTensor, sparse, nested)."""
+        if verdict.kind == "weight":
+            self._book(verdict, "exact", nbytes, nbytes)
+            return Kept(tensor)
+        charge = Charge(self._ledger, saved_bytes=nbytes, raw_bytes=nbytes)
+        self._book(verdict, "exact", nbytes, nbytes, nbytes // tensor.element_size())
+        return Kept(tensor, charges=(charge,))
+
+    def put(self, tensor: Tensor, entry: StoredStorage, verdict: Verdict) -> Handle:
+        """Store a tensor by the verdict's codec, or by reference where that costs no more."""
+        storage = tensor.untyped_storage()
+        layout = Layout.of(tensor)
+        spec = verdict.spec
+        if spec is None and verdict.versioned and storage.nbytes() >= _CLONE_FACTOR * tensor.nbytes:
+            spec = IDENTITY
+        if layout is None or spec is None or _is_no_smaller(spec, layout, tensor, storage):
+            return self.keep(tensor, entry, verdict)
+        return self._encode(tensor, entry, verdict, spec, layout)
+
+    def keep(self, tensor: Tensor, entry: StoredStorage, verdict: Verdict) -> Handle:
+        """Keep a tensor by reference; its storage is booked once."""
+        storage = tensor.untyped_storage()
+        raw, raw_bytes = self._raw_charge(storage, entry)
+        held, saved_bytes = entry.held_charge(), 0
+        if held is None:
+            saved_bytes = storage.nbytes()
+            held = Charge(self._ledger, saved_bytes=saved_bytes)
+        handle = Kept(tensor, verdict.versioned, (held, raw))
+        if verdict.versioned:
+            entry.add_kept(handle, held)
+        self._book(verdict, "exact", raw_bytes, saved_bytes, raw_bytes // tensor.element_size())
+        return handle
+
+    def mask(self, mask: Tensor, site: Site) -> tuple[Handle, int]:
+        """Store a mask made for the occasion, and return its handle and bytes: nobody else holds its memory."""
+        layout = Layout.of(mask)
+        assert layout is not None, "a fresh comparison is dense"
+        payload, saved_bytes = self._payload(mask, MASK, layout, site, None)
+        return Packed(payload, tuple(mask.shape), mask.stride(), 0), saved_bytes
+
+    def place(
+        self, handle: Derived | Stand, tensor: Tensor, entry: StoredStorage, verdict: Verdict, codec: str
+    ) -> None:
+        """Book a tensor that something else stands for; plain autograd would keep it alive all the same.
+
+        A ReLU's derived output gets its exact sign here.
+        """
+        raw, raw_bytes = self._raw_charge(tensor.untyped_storage(), entry)
+        site, saved_bytes = self.site(verdict), 0
+        if verdict.bit is not None:
+            handle.mask, saved_bytes = self.mask(verdict.bit(tensor), site)
+        handle.charge = raw
+        self._ledger.record(site, verdict.kind, codec, raw_bytes, saved_bytes, raw_bytes // tensor.element_size())
+
+    def _encode(
+        self, tensor: Tensor, entry: StoredStorage, verdict: Verdict, spec: CodecSpec, layout: Layout
+    ) -> Handle:
+        site = self.site(verdict)
+        raw, raw_bytes = self._raw_charge(tensor.untyped_storage(), entry)
+        payload, saved_bytes = self._payload(tensor, spec, layout, site, raw)
+        codec = "exact" if spec.codec == "identity" else f"{spec.codec}-{spec.bits}"
+        self._ledger.record(site, verdict.kind, codec, raw_bytes, saved_bytes, raw_bytes // tensor.element_size())
+        return entry.add(Geometry.of(tensor), layout, payload)
+
+    def _payload(
+        self, tensor: Tensor, spec: CodecSpec, layout: Layout, site: Site, raw: Charge | None
+    ) -> tuple[Payload, int]:
+        key = self._sites.noise_key(site, self._noise)
+        start_ns = perf_counter_ns()
+        tensors = encode(layout.flatten(tensor), spec, key=key, backend=self._backend)
+        self._ledger.pack_ns += perf_counter_ns() - start_ns
+        self._ledger.packed_on_cpu &= tensor.device.type == "cpu"
+        saved_bytes = spec.stored_bytes(layout.numel, tensor.dtype)
+        charges = Charge(self._ledger, saved_bytes=saved_bytes), raw
+        return Payload(tensors, spec, layout.numel, tensor.dtype, key, self._backend, self.cache, charges), saved_bytes
+
+    def _raw_charge(self, storage: UntypedStorage, entry: StoredStorage) -> tuple[Charge, int]:
+        charge = entry.raw_charge()
+        if charge is not None:
+            return charge, 0
+        charge = Charge(self._ledger, raw_bytes=storage.nbytes())
+        entry.set_raw_charge(charge)
+        return charge, storage.nbytes()
+
+    def site(self, verdict: Verdict) -> Site:
+        """Return the site of the tensor that is being saved; one call for each tensor."""
+        frame = self._scope.frame
+        ordinal = frame.next_ordinal(verdict.operation, verdict.role)
+        return self._sites.site(frame.layer, verdict.operation, verdict.role, ordinal)
+
+    def _book(self, verdict: Verdict, codec: str, raw_bytes: int = 0, saved_bytes: int = 0, elements: int = 0) -> None:
+        self._ledger.record(self.site(verdict), verdict.kind, codec, raw_bytes, saved_bytes, elements)
+
+
+def _is_no_smaller(spec: CodecSpec, layout: Layout, tensor: Tensor, storage: UntypedStorage) -> bool:
+    return spec != IDENTITY and spec.stored_bytes(layout.numel, tensor.dtype) >= storage.nbytes()

@@ -1,0 +1,339 @@
+"""Derivation: what follows from stored tensors is computed again, never stored, and never wrong."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_actmem import ActMemEngine
+from tests import models
+
+# Recomputing in another order of additions: a few units in the last place of float32, once per operation of a chain.
+ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
+
+
+class Layers(nn.Module):
+    """Weights for the cases below; inputs are [2, 8, 6, 6] images or [2, 36, 8] sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Conv2d(8, 8, 3)
+        self.last = nn.Linear(8, 8)
+        self.layer_norm = nn.LayerNorm(8)
+        self.rms_norm = nn.RMSNorm(8)
+        self.group_norm = nn.GroupNorm(2, 8)
+        self.batch_norm = nn.BatchNorm2d(8)
+        self.plain_batch_norm = nn.BatchNorm2d(8, affine=False)
+        self.scale = nn.Parameter(torch.rand(8))
+
+
+def sequence(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2).contiguous()
+
+
+def open_rms_norm(m: Layers, x: Tensor) -> Tensor:
+    h = sequence(x).float()
+    return m.scale * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+def gelu_new(x: Tensor) -> Tensor:
+    return 0.5 * x * (1.0 + torch.tanh(0.7978845608 * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+def rotary(x: Tensor) -> Tensor:
+    h = sequence(x) * 1
+    angle = torch.arange(36.0)[:, None] * torch.rand(4)
+    cos, sin = (torch.cat([f(angle)] * 2, 1) for f in (torch.cos, torch.sin))
+    left, right = h.chunk(2, -1)
+    return (h.square() * cos) + torch.cat((-right, left), -1).square() * sin
+
+
+def in_place_block(m: Layers, x: Tensor) -> Tensor:
+    out = F.relu(m.batch_norm(m.conv(x)), inplace=True)
+    out = m.plain_batch_norm(m.conv(out))
+    out += x
+    return F.relu_(out)
+
+
+#: A chain that ends in a tensor which the next layer would save; each must be derived and not stored.
+CHAINS: dict[str, Callable[[Layers, Tensor], Tensor]] = {
+    "relu": lambda m, x: F.relu(m.batch_norm(x)),
+    "relu in place": lambda m, x: F.relu_(m.batch_norm(x)),
+    "gelu": lambda m, x: F.gelu(x),
+    "gelu tanh": lambda m, x: F.gelu(x, approximate="tanh"),
+    "silu": lambda m, x: F.silu(x),
+    "mish": lambda m, x: F.mish(x),
+    "softplus": lambda m, x: F.softplus(x, beta=2.0),
+    "elu": lambda m, x: F.elu(x, alpha=0.7),
+    "hardswish": lambda m, x: F.hardswish(x),
+    "square": lambda m, x: x.square(),
+    "power": lambda m, x: x**3,
+    "layer norm": lambda m, x: m.layer_norm(sequence(x)),
+    "rms norm": lambda m, x: m.rms_norm(sequence(x)),
+    "open rms norm": open_rms_norm,
+    "group norm": lambda m, x: m.group_norm(x),
+    "batch norm": lambda m, x: m.batch_norm(x),
+    "batch norm without weights": lambda m, x: m.plain_batch_norm(x),
+    "batch norm in evaluation": lambda m, x: m.eval().batch_norm(x) * 1,
+    "dropout": lambda m, x: F.dropout(F.gelu(x), 0.4),
+    "scaled": lambda m, x: 3 * F.gelu(x) / 2 - 1,
+    "cast": lambda m, x: F.gelu(x).to(torch.bfloat16).float(),
+    "permuted copy": lambda m, x: F.gelu(x).permute(0, 2, 3, 1).contiguous(),
+    "chunks and cat": lambda m, x: torch.cat([F.gelu(part) for part in x.chunk(2, 1)], 1),
+    "swiglu": lambda m, x: F.silu(x) * (x * 2).square().sqrt(),
+    "geglu": lambda m, x: F.gelu(x) * F.silu(x),
+    "gelu_new": lambda m, x: gelu_new(x),
+    "rotary": lambda m, x: rotary(x),
+    "residual": lambda m, x: F.gelu(x) + F.silu(x),
+    "in-place residual block": in_place_block,
+}
+
+
+def consume(m: Layers, h: Tensor) -> Tensor:
+    """Use a tensor in a way that saves it."""
+    return (m.head(h) if h.shape[1:] == (8, 6, 6) else m.last(h)).sum()
+
+
+def gradients(
+    m: Layers, x: Tensor, chain: Callable[[Layers, Tensor], Tensor], engine: ActMemEngine | None
+) -> list[Tensor]:
+    torch.manual_seed(5)
+    m.train()
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    if engine is None:
+        loss = consume(m, chain(m, x * 1))
+    else:
+        with engine.compress(m):
+            loss = consume(m, chain(m, x * 1))
+    grads = torch.autograd.grad(loss, [x, *m.parameters()], allow_unused=True)
+    return [grad for grad in grads if grad is not None]
+
+
+def image(memory_format: torch.memory_format, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(2, 8, 6, 6, dtype=dtype).contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS.keys())
+def test_gradients_from_lossless_payloads(chain: Callable[..., Tensor], memory_format: torch.memory_format) -> None:
+    m, x = Layers(), image(memory_format)
+    engine = ActMemEngine(bits=32, derive=True, min_elements=0)
+    for packed, plain in zip(gradients(m, x, chain, engine), gradients(m, x, chain, None), strict=True):
+        torch.testing.assert_close(packed, plain, **ROUNDING)
+
+
+@pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS.keys())
+def test_the_end_of_each_chain_is_derived(chain: Callable[..., Tensor]) -> None:
+    """What the consumer would save costs no bytes (a ReLU's sign costs one bit per element)."""
+    engine = ActMemEngine(bits=4, min_elements=0, group_size=32)
+    gradients(Layers(), image(torch.contiguous_format), chain, engine)
+    (consumed,) = [
+        row for site, row in engine.ledger.sites.items() if site.layer in {"head", "last"} and row.kind == "packed"
+    ]
+    assert consumed.codec in {"derived", "shared"}
+    assert consumed.saved_bytes == 0
+
+
+def test_gelu_new_stores_one_tensor() -> None:
+    x = torch.randn(64, 64, requires_grad=True)
+    engine = ActMemEngine(bits=4, min_elements=0)
+    with engine.compress():
+        loss = (gelu_new(x * 1) @ nn.Parameter(torch.randn(64, 64))).sum()
+    stored = [row for row in engine.ledger.sites.values() if row.saved_bytes and row.kind == "packed"]
+    assert len(stored) == 1
+    assert engine.report().ratio > 38
+    loss.backward()
+
+
+def test_a_chain_keeps_no_raw_tensor_alive() -> None:
+    x = torch.randn(64, 64, requires_grad=True)
+    engine = ActMemEngine(bits=4, min_elements=0)
+    made: list[int] = []
+    gc.collect()
+    with engine.compress():
+        h = x * 1
+        out = F.silu(F.gelu(h))
+        loss = (out @ nn.Parameter(torch.randn(64, 64))).sum()
+        made = [h.untyped_storage()._weak_ref(), out.untyped_storage()._weak_ref()]  # type: ignore[attr-defined]
+        del h, out
+        alive = [torch.UntypedStorage._new_with_weak_ptr(weak) is not None for weak in made]
+    assert alive == [False, False]
+    for weak in made:
+        torch.UntypedStorage._free_weak_ref(weak)
+    loss.backward()
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_relu_gradients_pass_exactly_where_the_output_was_positive(bits: int) -> None:
+    m, x = Layers(), image(torch.contiguous_format).requires_grad_()
+    engine = ActMemEngine(bits=bits, min_elements=0)
+    with engine.compress(m):
+        normed = m.batch_norm(x * 1)
+        normed.retain_grad()
+        F.relu(normed).sum().backward()
+    assert normed.grad is not None
+    assert torch.equal(normed.grad, (normed > 0).float())
+
+
+def test_batch_norm_is_derived_from_the_statistics_of_the_forward() -> None:
+    """Running statistics are not touched again, and the stored (rounded) input's statistics are not used."""
+    m, x = Layers(), image(torch.contiguous_format)
+    twin = Layers()
+    twin.load_state_dict(m.state_dict())
+    gradients(m, x, CHAINS["relu"], ActMemEngine(bits=2, min_elements=0))
+    gradients(twin, x, CHAINS["relu"], None)
+    for name, buffer in m.named_buffers():
+        assert torch.equal(buffer, dict(twin.named_buffers())[name])
+
+
+def test_a_view_of_a_part_is_not_mistaken_for_the_whole() -> None:
+    x = torch.randn(4, 8, 8, requires_grad=True)
+
+    def step(h: Tensor) -> Tensor:
+        out = F.gelu(h)
+        out[1].mul_(3)  # changes part of the storage: the recipe for the whole is void
+        return out[1:3].exp().sum() + out.select(0, 1).square().sum()
+
+    with ActMemEngine(bits=32, derive=True, min_elements=0).compress():
+        loss = step(x * 1)
+    (packed,) = torch.autograd.grad(loss, x)
+    (plain,) = torch.autograd.grad(step(x * 1), x)
+    torch.testing.assert_close(packed, plain)
+
+
+def test_a_change_without_gradient_voids_the_recipe() -> None:
+    x = torch.randn(16, 16, requires_grad=True)
+    w = nn.Parameter(torch.randn(16, 16))
+
+    def step() -> Tensor:
+        out = F.gelu(x * 1)
+        with torch.no_grad():
+            out.clamp_(max=0.5)
+        return (out @ w).sum()
+
+    with ActMemEngine(bits=32, derive=True, min_elements=0).compress():
+        loss = step()
+    (packed,) = torch.autograd.grad(loss, w)
+    assert torch.equal(packed, torch.autograd.grad(step(), w)[0])
+
+
+def test_a_buffer_changed_after_use_does_no_harm() -> None:
+    """Autograd does not save what it adds; a recipe that held it by reference would see the change, or refuse it."""
+    m = nn.BatchNorm1d(64)
+    x = torch.randn(128, 64, requires_grad=True)
+    w = nn.Parameter(torch.randn(64, 64))
+    assert m.running_mean is not None
+    engine = ActMemEngine(bits=32, derive=True, min_elements=0)
+    with engine.compress(m):
+        h = F.gelu(x * 1) + m.running_mean
+        loss = (h @ w).sum()
+        m.running_mean.add_(100)
+    (packed,) = torch.autograd.grad(loss, w)
+    torch.testing.assert_close(packed, F.gelu(x.detach()).sum(0)[:, None].expand(64, 64))
+    assert any(row.codec == "derived" for row in engine.ledger.sites.values())
+
+
+def test_a_changed_norm_weight_is_an_error_and_not_a_wrong_gradient() -> None:
+    m, x = Layers(), image(torch.contiguous_format).requires_grad_()
+    with ActMemEngine(bits=4, min_elements=0).compress(m):
+        loss = m.fc(m.layer_norm(sequence(x * 1))).sum()
+    with torch.no_grad():
+        m.layer_norm.bias.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_recipes_run_under_the_autocast_state_of_the_forward() -> None:
+    m, x = Layers(), image(torch.contiguous_format)
+
+    def weight_gradient(engine: ActMemEngine | None) -> Tensor:
+        h = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            if engine is None:
+                loss = m.conv(F.relu(m.batch_norm(m.conv(h)))).float().sum()
+            else:
+                with engine.compress(m):
+                    loss = m.conv(F.relu(m.batch_norm(m.conv(h)))).float().sum()
+        return torch.autograd.grad(loss, m.conv.weight)[0]
+
+    packed = weight_gradient(ActMemEngine(bits=32, derive=True, min_elements=0))
+    torch.testing.assert_close(packed, weight_gradient(None), rtol=0.02, atol=0.05)
+
+
+def test_running_again_twice_gives_the_same_gradient() -> None:
+    m, x = Layers(), image(torch.contiguous_format).requires_grad_()
+    with ActMemEngine(bits=2, min_elements=0).compress(m):
+        loss = in_place_block(m, x * 1).sum()
+    first, second = (torch.autograd.grad(loss, [x, m.conv.weight], retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("build", [models.gpt2, models.bert])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_transformers_are_exact_under_lossless_packing(build: Callable[..., nn.Module], attention: str) -> None:
+    """With dropout, padding mask and all: bit-equal, from well under two thirds of the bytes."""
+    model = build(attention)
+    ids = torch.randint(0, 256, (4, 64))
+    padding = torch.ones_like(ids)
+    padding[:, 50:] = 0
+    labels = ids if build is models.gpt2 else torch.zeros(4, dtype=torch.long)
+    batch = {"input_ids": ids, "attention_mask": padding, "labels": labels}
+
+    def step(engine: ActMemEngine | None) -> list[Tensor]:
+        torch.manual_seed(3)
+        if engine is None:
+            loss = model(**batch).loss
+        else:
+            with engine.compress(model, inputs=batch):
+                loss = model(**batch).loss
+        model.zero_grad()
+        loss.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    engine = ActMemEngine(bits=32, derive=True, min_elements=0)
+    packed = [grad.clone() for grad in step(engine)]
+    for ours, theirs in zip(packed, step(None), strict=True):
+        torch.testing.assert_close(ours, theirs, **ROUNDING)
+    assert engine.report().ratio > 1.6
+
+
+def test_the_reach_of_a_recipe_is_limited() -> None:
+    """A chain of any length must not be computed again from its beginning for every link."""
+    x = torch.randn(64, 64, requires_grad=True)
+    engine = ActMemEngine(bits=4, min_elements=0)
+    with engine.compress():
+        h = x * 1
+        for _ in range(40):
+            h = F.gelu(h)
+        loss = h.sum()
+    stored = [row for row in engine.ledger.sites.values() if row.codec == "uniform-4"]
+    assert len(stored) == 3  # the first, and one after every 16 operations
+    loss.backward()
+
+
+def test_derivation_can_be_switched_off() -> None:
+    m, x = Layers(), image(torch.contiguous_format)
+    engine = ActMemEngine(bits=4, min_elements=0, derive=False)
+    gradients(m, x, CHAINS["gelu"], engine)
+    assert not any(row.codec == "derived" for row in engine.ledger.sites.values())
+
+
+@pytest.mark.parametrize("config", [{"bits": 4}, {"bits": 32, "derive": True}])
+def test_sites_and_random_streams_are_as_without(config: dict[str, Any]) -> None:
+    m, x = Layers(), image(torch.contiguous_format)
+    state = torch.get_rng_state()
+    with ActMemEngine(min_elements=0, **config).compress(m):
+        F.dropout(F.gelu(m.fc(sequence(x.requires_grad_() * 1))), 0.5)
+    packed = torch.get_rng_state()
+    torch.set_rng_state(state)
+    F.dropout(F.gelu(m.fc(sequence(x * 1))), 0.5)
+    assert torch.equal(packed, torch.get_rng_state())

@@ -1,0 +1,87 @@
+"""Tables of what backward does not read, checked against the installed torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_actmem import ActMemEngine
+from lightning_actmem.saved.operation import ONE_BIT, UNREAD
+
+UNREAD_CASES: dict[str, Callable[[Tensor], Tensor]] = {
+    **{
+        f"{kind}_pool{d}d": lambda x, kind=kind, d=d: getattr(F, f"{kind}_pool{d}d")(spatial(x, d), 2)
+        for kind in ("max", "avg", "adaptive_max", "adaptive_avg")
+        for d in (1, 2, 3)
+    },
+    "gather": lambda x: x.gather(1, torch.arange(8).expand(8, 8)),
+}
+ONE_BIT_CASES: dict[str, Callable[[Tensor], Tensor]] = {
+    "hardtanh": lambda x: F.hardtanh(x, -0.3, 0.9),
+    "hardtanh in place": lambda x: F.hardtanh(x * 1, inplace=True),
+    "relu6": lambda x: F.relu6(4 * x),
+    "hardsigmoid": lambda x: F.hardsigmoid(4 * x),
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
+    "leaky_relu in place": lambda x: F.leaky_relu_(x * 1, 0.2),
+}
+
+
+def spatial(x: Tensor, dimensions: int) -> Tensor:
+    """Return [2, 2, ...] with that many dimensions of size 4 or more."""
+    return x.reshape(2, 2, *{1: (16 * 16,), 2: (16, 16), 3: (4, 8, 8)}[dimensions])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("name", UNREAD_CASES)
+def test_backward_does_not_read_it(name: str, layout: str) -> None:
+    """Put NaN where the tensor was: the gradient stays bit-equal."""
+    case = UNREAD_CASES[name]
+    x = torch.randn(32, 32, requires_grad=True)
+    if layout == "channels last" and name.endswith("2d"):
+
+        def case(x: Tensor) -> Tensor:
+            return getattr(F, name)(spatial(x, 2).contiguous(memory_format=torch.channels_last), 2)
+
+    def with_nan(saved: Tensor) -> Tensor:
+        return torch.full((), float("nan")).expand(saved.shape) if saved.is_floating_point() else saved
+
+    with torch.autograd.graph.saved_tensors_hooks(with_nan, lambda t: t):
+        out = case(x * 1)
+    weight = torch.randn(out.shape)
+    (expected,) = torch.autograd.grad(case(x * 1), x, weight)
+    assert torch.equal(torch.autograd.grad(out, x, weight)[0], expected)
+
+
+def test_every_entry_of_the_tables_has_a_case() -> None:
+    assert {name.removesuffix("_with_indices") for name in UNREAD} == set(UNREAD_CASES)
+    assert set(ONE_BIT) == {name.split()[0] for name in ONE_BIT_CASES}
+
+
+@pytest.mark.parametrize("name", [*UNREAD_CASES, *ONE_BIT_CASES])
+def test_gradients_are_bit_equal_and_bytes_are_few(name: str) -> None:
+    case = {**UNREAD_CASES, **ONE_BIT_CASES}[name]
+    x = torch.randn(32, 32).mul_(2).requires_grad_()
+    engine = ActMemEngine(bits=32, derive=True, min_elements=0)
+    with engine.compress():
+        loss = (case(x * 1) * torch.ones(())).sum()
+    packed = torch.autograd.grad(loss, x)[0]
+    assert torch.equal(packed, torch.autograd.grad(case(x * 1).sum(), x)[0])
+    row = next(
+        row for site, row in engine.ledger.sites.items() if site.operation == name.split()[0] and row.kind != "index"
+    )
+    assert row.saved_bytes == (32 * 32 // 8 if name in ONE_BIT_CASES else 0)
+    assert row.raw_bytes >= 32 * 32 * 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 0.0, -0.3, 0.9])
+@pytest.mark.parametrize("name", ONE_BIT_CASES)
+def test_one_bit_agrees_at_the_edges(name: str, value: float) -> None:
+    x = torch.full((64,), value, requires_grad=True)
+    with ActMemEngine(bits=4, min_elements=0).compress():
+        loss = ONE_BIT_CASES[name](x * 1).sum()
+    expected = torch.autograd.grad(ONE_BIT_CASES[name](x * 1).sum(), x)[0]
+    assert torch.equal(torch.autograd.grad(loss, x)[0].nan_to_num(7), expected.nan_to_num(7))
