@@ -54,10 +54,20 @@ def _butterfly(a: tl.tensor, b: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 
 @triton.jit
+def _partner(x: tl.tensor, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr) -> tl.tensor:
+    """For each column its partner STRIDE away."""
+    # The bits of a pair, added as integers, less one's own: a compiler sees through that to a plain shuffle or
+    # register, where splitting and joining tensors goes through shared memory.
+    bits = x.to(tl.int32, bitcast=True)
+    pairs = tl.reshape(bits, (ROWS, COLUMNS // (2 * STRIDE), 2, STRIDE))
+    return tl.reshape(tl.sum(pairs, 2)[:, :, None, :] - pairs, (ROWS, COLUMNS)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _column_butterfly(x: tl.tensor, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr) -> tl.tensor:
-    pairs = tl.permute(tl.reshape(x, (ROWS, COLUMNS // (2 * STRIDE), 2, STRIDE)), (0, 1, 3, 2))
-    a, b = tl.split(pairs)
-    return tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), (ROWS, COLUMNS))
+    upper = (tl.arange(0, COLUMNS)[None, :] // STRIDE) << 31
+    own = (x.to(tl.int32, bitcast=True) ^ upper).to(tl.float32, bitcast=True)
+    return own + _partner(x, ROWS, COLUMNS, STRIDE)
 
 
 @triton.jit
@@ -118,13 +128,13 @@ def _sum(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> tl.tensor:
-    """Sums of the groups [R], added in the reference's order, which `tl.sum` would not keep."""
+    """Sums of the groups [R], added in the reference's order, which `tl.sum` of more than two would not keep."""
     x = ((x0 + x4) + (x2 + x6)) + ((x1 + x5) + (x3 + x7))
     for LEVEL in tl.static_range(7):
-        if (COLUMNS >> LEVEL) > 1:
-            a, b = tl.split(tl.reshape(x, (ROWS, COLUMNS >> (LEVEL + 1), 2)))
-            x = a + b
-    return tl.reshape(x, (ROWS,))
+        if (2 << LEVEL) <= COLUMNS:
+            x += _partner(x, ROWS, COLUMNS, 1 << LEVEL)
+    # Each column holds the sum now.
+    return tl.max(x, 1)
 
 
 @triton.jit
@@ -150,18 +160,22 @@ def _code(
     T5: tl.constexpr,
     T6: tl.constexpr,
 ) -> tl.tensor:
+    # A binary search: as many comparisons as bits.
     square = z * z
     index = ((z.to(tl.int32, bitcast=True) >> 31) & 1) << (BITS - 1)
-    if BITS >= 2:
+    if BITS == 2:
         index += (square > mean_square * T0).to(tl.int32)
-    if BITS >= 3:
-        index += (square > mean_square * T1).to(tl.int32)
-        index += (square > mean_square * T2).to(tl.int32)
-    if BITS >= 4:
-        index += (square > mean_square * T3).to(tl.int32)
-        index += (square > mean_square * T4).to(tl.int32)
-        index += (square > mean_square * T5).to(tl.int32)
-        index += (square > mean_square * T6).to(tl.int32)
+    elif BITS == 3:
+        bit1 = square > mean_square * T1
+        bit0 = square > tl.where(bit1, mean_square * T2, mean_square * T0)
+        index += bit1.to(tl.int32) * 2 + bit0.to(tl.int32)
+    elif BITS == 4:
+        bit2 = square > mean_square * T3
+        bit1 = square > tl.where(bit2, mean_square * T5, mean_square * T1)
+        low = tl.where(bit1, mean_square * T2, mean_square * T0)
+        high = tl.where(bit1, mean_square * T6, mean_square * T4)
+        bit0 = square > tl.where(bit2, high, low)
+        index += bit2.to(tl.int32) * 4 + bit1.to(tl.int32) * 2 + bit0.to(tl.int32)
     return index
 
 
