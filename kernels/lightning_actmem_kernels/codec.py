@@ -17,6 +17,7 @@ Payload = tuple[Tensor, ...]
 _GRID_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "uniform": _GRID_DTYPES,
+    "rotated": _GRID_DTYPES,
     "relu": _GRID_DTYPES,
     "mask": (torch.bool,),
     "two_valued": (*_GRID_DTYPES, torch.float64),
@@ -70,6 +71,8 @@ def encode(flat: Tensor, spec: CodecSpec, *, key: int, backend: str | None = Non
     if spec.codec == "two_valued":
         value = flat.amax().view(1) if flat.numel() else flat.new_zeros(1)
         return ops.mask_encode(flat != 0, engine), value
+    if spec.codec == "rotated":
+        return ops.rotated_encode(flat, spec.bits, spec.group_size, spec.centre, key, engine)
     quantise = ops.uniform_encode if spec.codec == "uniform" else ops.relu_encode
     codes, grid = quantise(flat, spec.bits, spec.group_size, spec.rounding, key, engine)
     return codes, grid
@@ -107,6 +110,8 @@ def decode(
         return ops.mask_decode(stored, numel, engine)
     if spec.codec == "two_valued":
         return torch.where(ops.mask_decode(stored, numel, engine), payload[1], 0)
+    if spec.codec == "rotated":
+        return ops.rotated_decode(stored, payload[1], spec.bits, key, numel, dtype, engine)
     restore = ops.uniform_decode if spec.codec == "uniform" else ops.relu_decode
     return restore(stored, payload[1], spec.bits, spec.rounding, key, numel, dtype, engine)
 

@@ -4,6 +4,9 @@ Element j of group g draws byte `l = j // (G/16)` (word l // 4, little end first
 `g * (G/16) + j % (G/16)` under a 64-bit key, so any part of a tensor can be regenerated alone and nothing is stored.
 Eight bits suffice: the mean rounding bias stays below 4e-6 step. Seven rounds pass TestU01's BigCrush.
 
+Random signs take 1 bit per element from a stream of their own, with counter word 2 set to 1: the sign of element j of
+group g is bit `j // (G/8)` of the byte with index `g * (G/8) + j % (G/8)`, 16 bytes to a block.
+
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, table 2.
 """
 
@@ -18,21 +21,23 @@ MULTIPLIER_B = 0xCD9E8D57
 WEYL_0 = 0x9E3779B9
 WEYL_1 = 0xBB67AE85
 MASK_32 = 0xFFFFFFFF
+SIGN_STREAM = 1
 
 
-def philox(index: Tensor, key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One Philox4x32-7 block per counter (low half of index, high half of index, 0, 0).
+def philox(index: Tensor, key: int, stream: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One Philox4x32-7 block per counter (low half of index, high half of index, stream, 0).
 
     Args:
         index: int64 [m], the 64-bit counters.
         key: 64-bit key, signed or unsigned.
+        stream: Counter word 2: another one gives independent numbers under the same key.
 
     Returns:
         Words 0 to 3, each int64 [m]. Only the low 32 bits are random; above them words 1 and 3 carry leftovers of the
         arithmetic, for the caller to cut off.
     """
     c0, c1 = index & MASK_32, index >> 32
-    c2, c3 = torch.zeros_like(index), torch.zeros_like(index)
+    c2, c3 = torch.full_like(index, stream), torch.zeros_like(index)
     k0, k1 = key & MASK_32, (key >> 32) & MASK_32
     for _ in range(ROUNDS):
         low, high = c2 * MULTIPLIER_B, c0 * MULTIPLIER_A
@@ -67,3 +72,24 @@ def uniform_noise(key: int, first_group: int, groups: int, group_size: int, devi
         torch.bitwise_right_shift(words, 8 * byte, out=lanes[:, :, byte])
     lanes.bitwise_and_(0xFF)
     return lanes.view(groups, group_size).to(torch.float32).add_(0.5).mul_(1 / 256)
+
+
+def sign_bytes(key: int, first_group: int, groups: int, group_size: int, device: torch.device) -> Tensor:
+    """Random signs of consecutive groups, 8 to a byte.
+
+    Args:
+        key: 64-bit key of the tensor's noise stream.
+        first_group: Index of the first group.
+        groups: Number of groups R.
+        group_size: Elements per group G.
+        device: Where to compute.
+
+    Returns:
+        uint8 [R, G/8]; bit s of column c belongs to element s * G/8 + c.
+    """
+    columns = group_size // 8
+    first, last = first_group * columns, (first_group + groups) * columns
+    index = torch.arange(first // 16, -(-last // 16), device=device)
+    words = torch.stack(philox(index, key, SIGN_STREAM), 1).to(torch.int32)
+    skipped = first % 16
+    return words.view(torch.uint8).view(-1)[skipped : skipped + last - first].view(groups, columns)

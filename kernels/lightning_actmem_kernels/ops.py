@@ -80,6 +80,30 @@ def _grid_decode_fake(
     return codes.new_empty((numel,), dtype=dtype)
 
 
+def _rotated_encode(flat: Tensor, bits: int, group_size: int, centre: bool, key: int, backend: str) -> _Pair:
+    payload: _Pair = _codec("rotated", backend).encode(flat, bits, group_size, centre, key)
+    return payload
+
+
+def _rotated_encode_fake(flat: Tensor, bits: int, group_size: int, centre: bool, key: int, backend: str) -> _Pair:
+    groups = (flat.numel() + group_size - 1) // group_size
+    codes = flat.new_empty((groups, bits, group_size // 8), dtype=torch.uint8)
+    return codes, flat.new_empty((groups, 1 + centre), dtype=torch.int16)
+
+
+def _rotated_decode(
+    codes: Tensor, scales: Tensor, bits: int, key: int, numel: int, dtype: torch.dtype, backend: str
+) -> Tensor:
+    flat: Tensor = _codec("rotated", backend).decode(codes, scales, bits, key, numel, dtype)
+    return flat
+
+
+def _rotated_decode_fake(
+    codes: Tensor, scales: Tensor, bits: int, key: int, numel: int, dtype: torch.dtype, backend: str
+) -> Tensor:
+    return codes.new_empty((numel,), dtype=dtype)
+
+
 def _mask_encode(flat: Tensor, backend: str) -> Tensor:
     packed: Tensor = _codec("mask", backend).encode(flat)
     return packed
@@ -110,6 +134,18 @@ uniform_encode = _register("uniform_encode", _GRID_ENCODE, _grid_encode("uniform
 uniform_decode = _register("uniform_decode", _GRID_DECODE, _grid_decode("uniform"), _grid_decode_fake)
 relu_encode = _register("relu_encode", _GRID_ENCODE, _grid_encode("relu"), _grid_encode_fake(torch.int16))
 relu_decode = _register("relu_decode", _GRID_DECODE, _grid_decode("relu"), _grid_decode_fake)
+rotated_encode = _register(
+    "rotated_encode",
+    "(Tensor flat, int bits, int group_size, bool centre, int key, str backend) -> (Tensor, Tensor)",
+    _rotated_encode,
+    _rotated_encode_fake,
+)
+rotated_decode = _register(
+    "rotated_decode",
+    "(Tensor codes, Tensor scales, int bits, int key, SymInt numel, ScalarType dtype, str backend) -> Tensor",
+    _rotated_decode,
+    _rotated_decode_fake,
+)
 mask_encode = _register("mask_encode", "(Tensor flat, str backend) -> Tensor", _mask_encode, _mask_encode_fake)
 mask_decode = _register(
     "mask_decode", "(Tensor packed, SymInt numel, str backend) -> Tensor", _mask_decode, _mask_decode_fake

@@ -20,6 +20,8 @@ CASES = [
     (CodecSpec("identity"), torch.randn(301, dtype=torch.complex64)),
     (CodecSpec("uniform"), torch.randn(301)),
     (CodecSpec("uniform", bits=8), torch.randn(301)),
+    (CodecSpec("rotated"), torch.randn(301)),
+    (CodecSpec("rotated", bits=1, group_size=32, centre=True), torch.randn(32)),
     (CodecSpec("relu"), torch.randn(301).relu()),
     (CodecSpec("mask"), torch.rand(301) < 0.5),
     (CodecSpec("two_valued"), (torch.rand(301) < 0.5) * 1.25),
@@ -72,6 +74,7 @@ def test_key_out_of_range(key):
     [
         ("uniform", torch.float64),
         ("uniform", torch.int64),
+        ("rotated", torch.float64),
         ("relu", torch.complex64),
         ("mask", torch.uint8),
         ("two_valued", torch.bool),

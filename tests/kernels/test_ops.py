@@ -18,6 +18,9 @@ def _cases():
             codes, grid = encode(x, 3, 64, "dither", -9, "torch")
             yield encode, (x, 3, 64, "dither", -9, "torch")
             yield decode, (codes, grid, 3, "dither", -9, numel, torch.bfloat16, "torch")
+        codes, scales = ops.rotated_encode(x, 3, 64, True, -9, "torch")
+        yield ops.rotated_encode, (x, 3, 64, True, -9, "torch")
+        yield ops.rotated_decode, (codes, scales, 3, -9, numel, torch.float16, "torch")
         bools, values = x < 0.5, torch.arange(numel)
         yield ops.mask_encode, (bools, "torch")
         yield ops.mask_decode, (ops.mask_encode(bools, "torch"), numel, "torch")
@@ -43,6 +46,7 @@ def test_the_fake_knows_size_dtype_and_stride(op, args):
 
 
 def test_every_operator_is_reachable_by_name():
-    names = {f"{codec}_{way}" for codec in ("uniform", "relu", "mask", "integer") for way in ("encode", "decode")}
+    codecs = ("uniform", "rotated", "relu", "mask", "integer")
+    names = {f"{codec}_{way}" for codec in codecs for way in ("encode", "decode")}
     assert {name for name in dir(ops) if name in names} == names
     assert all(getattr(torch.ops.lightning_actmem, name).default is getattr(ops, name) for name in names)

@@ -11,10 +11,12 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 NUMELS = (0, 1, 7, 8, 31, 255, 256, 257, 1009, 4097)
 
 WRONG = [
-    ({"codec": "zip"}, "codec must be one of identity, uniform, relu, mask, two_valued or integer, got 'zip'"),
+    ({"codec": "zip"}, "codec must be one of identity, uniform, rotated, relu, mask, two_valued or integer, got 'zip'"),
     ({"codec": "uniform", "bits": 5}, "bits must be one of 1, 2, 3, 4 or 8 for codec 'uniform', got 5. Choose one"),
     ({"codec": "uniform", "bits": 4.0}, "bits must be one of .* got 4.0"),
     ({"codec": "relu", "bits": 1}, "bits must be one of 2, 3, 4 or 8 for codec 'relu', got 1"),
+    ({"codec": "rotated", "bits": 8}, "bits must be one of 1, 2, 3 or 4 for codec 'rotated', got 8"),
+    ({"codec": "rotated", "centre": 1}, "centre must be True or False, got 1"),
     ({"codec": "integer"}, "bits must be one of 8, 16 or 32 for codec 'integer', got 4"),
     ({"codec": "uniform", "group_size": -256}, "group_size must be one of 32, .* or 1024, got -256. Use 256"),
     ({"codec": "uniform", "group_size": 48}, "group_size must be one of"),
@@ -38,7 +40,9 @@ def test_specs_are_hashable_values():
 
 
 def test_lossless():
-    lossless = {codec for codec in ("identity", "uniform", "relu", "mask", "two_valued") if CodecSpec(codec).lossless}
+    lossless = {
+        codec for codec in ("identity", "uniform", "rotated", "relu", "mask", "two_valued") if CodecSpec(codec).lossless
+    }
     assert lossless == {"identity", "mask", "two_valued"}
     assert CodecSpec("integer", bits=8).lossless
 
@@ -48,6 +52,9 @@ def _stored_cases():
         for bits in widths:
             for group_size in (32, 256, 1024):
                 yield CodecSpec(codec, bits, group_size), FLOATS
+    for bits in (1, 2, 3, 4):
+        for group_size, centre in ((32, False), (256, True), (1024, False)):
+            yield CodecSpec("rotated", bits, group_size, centre=centre), FLOATS
     for bits, dtypes in {
         8: (torch.int16, torch.int32, torch.int64),
         16: (torch.int16, torch.int32, torch.int64),
@@ -73,6 +80,8 @@ def test_stored_bytes_is_exact(spec, dtypes):
     [
         (CodecSpec("uniform", bits=4), 1000 * (128 + 4)),
         (CodecSpec("relu", bits=2), 1000 * (64 + 2)),
+        (CodecSpec("rotated", bits=1), 1000 * (32 + 2)),
+        (CodecSpec("rotated", bits=1, centre=True), 1000 * (32 + 4)),
         (CodecSpec("mask"), 32000),
         (CodecSpec("two_valued"), 32004),
         (CodecSpec("integer", bits=16), 512000),

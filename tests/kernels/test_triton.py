@@ -18,7 +18,7 @@ import triton.language as tl  # noqa: E402
 from lightning_actmem_kernels.triton.noise import noise_words  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BITS = {"uniform": (1, 2, 3, 4, 8), "relu": (2, 3, 4, 8)}
+BITS = {"uniform": (1, 2, 3, 4, 8), "relu": (2, 3, 4, 8), "rotated": (1, 2, 3, 4)}
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 ROUNDINGS = ("dither", "stochastic", "nearest")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -95,6 +95,7 @@ def _special():
     yield torch.linspace(0, 3.38e38, 32)
     yield torch.arange(32.0)
     yield torch.tensor([2.0**-126, 2.0**-149] * 16)
+    yield torch.tensor([3.0] + [0.0] * 31)
 
 
 @QUIET_OVERFLOW
@@ -104,6 +105,14 @@ def test_the_edges_of_floating_point(codec, bits, dtype):
     x = torch.cat(list(_special())).to(dtype)
     for rounding in ROUNDINGS:
         _assert_equal(x, CodecSpec(codec, bits, 32, rounding), 5)
+
+
+@QUIET_OVERFLOW
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("bits", BITS["rotated"])
+def test_centred_rotation(bits, dtype):
+    for group_size, x in itertools.product((32, 256), (torch.cat(list(_special())), torch.randn(1009) + 5)):
+        _assert_equal(x.to(dtype), CodecSpec("rotated", bits, group_size, centre=True), 5)
 
 
 @QUIET_OVERFLOW
@@ -120,10 +129,11 @@ def test_a_range_beyond_float32(codec):
     st.sampled_from(WIDTHS),
     st.sampled_from(ROUNDINGS),
     st.integers(-(2**63), 2**63 - 1),
+    st.booleans(),
 )
-def test_any_values(values, width, rounding, key):
+def test_any_values(values, width, rounding, key, centre):
     codec, bits = width
-    _assert_equal(torch.tensor(values), CodecSpec(codec, bits, 32, rounding), key)
+    _assert_equal(torch.tensor(values), CodecSpec(codec, bits, 32, rounding, centre), key)
 
 
 @pytest.mark.parametrize("numel", [0, 1, 7, 8, 9, 255, 256, 257, 1009, 4097])

@@ -16,14 +16,15 @@ import re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lightning_actmem_kernels.triton import launch, mask, relu, uniform
+from lightning_actmem_kernels.triton import launch, mask, relu, rotated, uniform
 
 MEMORY = {"flat_ptr": None, "codes_ptr": "*u8", "grids_ptr": "*i32", "steps_ptr": "*i16", "bools_ptr": "*u8",
-          "packed_ptr": "*u8", "numel": "i64", "key": "i64", "plane_size": "i64"}
+          "packed_ptr": "*u8", "scales_ptr": "*i16", "numel": "i64", "key": "i64", "plane_size": "i64",
+          "first_tile": "i64"}
 ROUNDING = {"NEAREST": False, "DITHER": True, "TINY": 2.0**-126}
 
 def ptx(kernel, flat="*fp32", **constants):
-    constants = {name: ROUNDING.get(name, constants.get(name)) for name in kernel.arg_names if name.isupper()}
+    constants = {name: ROUNDING.get(name, constants.get(name, 0.5)) for name in kernel.arg_names if name.isupper()}
     signature = {name: "constexpr" if name in constants else MEMORY[name] or flat for name in kernel.arg_names}
     source = ASTSource(kernel, signature, constants)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch.EXACT).asm["ptx"]
@@ -39,6 +40,10 @@ for bits, group_size, flat in cases:
     for codec in (uniform, relu)[: 1 if bits == 1 else 2]:
         for kernel in (codec._encode, codec._decode):
             check(kernel, flat=flat, BITS=bits, GROUP_SIZE=group_size, ROWS=4096 // group_size)
+for bits, group_size, flat in ((1, 256, "*i16"), (4, 64, "*fp32")):
+    for kernel in (rotated._encode, rotated._decode):
+        tile = {"ROWS": 4096 // group_size, "RAGGED": False, "CENTRE": True}
+        check(kernel, flat=flat, BITS=bits, GROUP_SIZE=group_size, **tile)
 for kernel in (mask._encode, mask._decode):
     check(kernel, WIDTH=4096)
 print("compiled")

@@ -1,4 +1,4 @@
-"""float32 rounded outward to bfloat16 by integer operations on the bits.
+"""float32 rounded to bfloat16 by integer operations on the bits, outward or to nearest.
 
 A grid whose minimum is rounded down and whose step is rounded up still covers its group, so codes need no clamp.
 """
@@ -28,6 +28,19 @@ def round_down(x: Tensor) -> Tensor:
     bits = (x + 0.0).view(torch.int32)
     # Towards -inf is away from zero where the sign bit is set: there bits >> 31 is all ones.
     return (bits + ((bits >> 31) & LOW_HALF)) & HIGH_HALF
+
+
+def round_nearest(x: Tensor) -> Tensor:
+    """The bfloat16 nearest to x, ties to even.
+
+    Args:
+        x: float32, any shape, not NaN.
+
+    Returns:
+        int32, the bits of a float32 whose low half is zero.
+    """
+    bits = x.view(torch.int32)
+    return (bits + ((bits >> 16) & 1) + 0x7FFF) & HIGH_HALF
 
 
 def step_bits(span: Tensor, intervals: int) -> Tensor:

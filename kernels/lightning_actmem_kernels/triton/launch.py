@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -24,6 +25,31 @@ def groups_per_program(groups: int, group_size: int) -> int:
     """Height of a tile in groups, a power of two."""
     elements = _TILE_ELEMENTS_INTERPRETED if INTERPRETED else _TILE_ELEMENTS
     return int(min(elements // group_size, triton.next_power_of_2(groups)))
+
+
+def launch_tiles(
+    kernel: Any, arguments: tuple[Any, ...], constants: tuple[Any, ...], numel: int, group_size: int
+) -> None:
+    """Run a kernel over tiles of whole groups, and once more for the last tile where the tensor ends within a group.
+
+    Args:
+        kernel: Takes `arguments`, the first tile, `constants`, the rows of a tile and whether it may be ragged.
+        arguments: What it reads and writes; the first decides on the device.
+        constants: What it is compiled for.
+        numel: Elements of the tensor.
+        group_size: Elements per group.
+    """
+    groups = -(-numel // group_size)
+    if not groups:
+        return
+    # A tile holds whole blocks of signs: 128 elements each.
+    rows = max(groups_per_program(groups, group_size), 128 // group_size)
+    tiles, ragged = -(-groups // rows), int(numel % group_size > 0)
+    with on_device(arguments[0]):
+        if tiles > ragged:
+            kernel[(tiles - ragged,)](*arguments, 0, *constants, rows, False, **EXACT)
+        if ragged:
+            kernel[(1,)](*arguments, tiles - 1, *constants, rows, True, **EXACT)
 
 
 def elements_per_program(elements: int) -> int:

@@ -10,6 +10,7 @@ import triton.language as tl
 from .. import noise
 
 _ROUNDS = tl.constexpr(noise.ROUNDS)
+_SIGN_STREAM = tl.constexpr(noise.SIGN_STREAM)
 
 
 @triton.jit
@@ -35,3 +36,17 @@ def lane_noise(w0: tl.tensor, w1: tl.tensor, w2: tl.tensor, w3: tl.tensor, LANE:
         word = w3
     byte = (word >> (8 * (LANE % 4))) & 0xFF
     return (byte.to(tl.int32).to(tl.float32) + 0.5) * 0.00390625
+
+
+@triton.jit
+def sign_bytes(key: tl.int64, tile: tl.int64, ROWS: tl.constexpr, COLUMNS: tl.constexpr) -> tl.tensor:
+    """The signs of a tile of groups: int32 [ROWS, COLUMNS], bit s for element s * COLUMNS + column."""
+    BLOCKS: tl.constexpr = ROWS * COLUMNS // 16
+    counter = tile.to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    low = counter.to(tl.uint32)
+    zero = low * 0
+    w0, w1, w2, w3 = tl.philox(key, low, (counter >> 32).to(tl.uint32), zero + _SIGN_STREAM, zero, _ROUNDS)
+    # Joining halves the step between neighbours: words 0 to 3 of a block, then the halves of a word, then its bytes.
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    halves = tl.join(words & 0xFFFF, words >> 16)
+    return tl.reshape(tl.join(halves & 0xFF, halves >> 8), (ROWS, COLUMNS)).to(tl.int32)

@@ -27,6 +27,42 @@ def load_float(ptr: tl.tensor, offsets: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def load_groups(
+    ptr: tl.tensor, offsets: tl.tensor, stored: tl.tensor, numel: tl.tensor, RAGGED: tl.constexpr
+) -> tl.tensor:
+    """Elements [R, C] of the stored groups in float32, 0 elsewhere; RAGGED where the tensor may end within a group.
+
+    A mask by group leaves loads as wide as the registers; a mask by element makes them one element wide.
+    """
+    mask = stored[:, None]
+    if RAGGED:
+        mask = offsets < numel
+    x = tl.load(ptr + offsets, mask, other=0)
+    if ptr.dtype.element_ty == tl.int16:
+        return (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def store_groups(
+    ptr: tl.tensor, offsets: tl.tensor, value: tl.tensor, stored: tl.tensor, numel: tl.tensor, RAGGED: tl.constexpr
+) -> None:
+    """Store elements [R, C] of the stored groups, as `load_groups` loads them."""
+    if RAGGED:
+        store_float(ptr, offsets, value, offsets < numel)
+    else:
+        store_float(ptr, offsets, value, stored[:, None])
+
+
+@triton.jit
+def flip(x: tl.tensor, signs: tl.tensor, S: tl.constexpr) -> tl.tensor:
+    """Flip the sign of x where bit S of `signs` is set."""
+    bits = x.to(tl.int32, bitcast=True) ^ ((signs << (31 - S)) & -0x80000000)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def store_float(ptr: tl.tensor, offsets: tl.tensor, value: tl.tensor, mask: tl.tensor) -> None:
     """Store float32 in the dtype of the memory, rounded to nearest even; float16 saturates as in the reference."""
     if ptr.dtype.element_ty == tl.int16:
@@ -52,6 +88,13 @@ def round_down(x: tl.tensor) -> tl.tensor:
     """Bits of the largest bfloat16 not above x; -0.0 becomes 0.0."""
     bits = tl.where(x == 0.0, 0, x.to(tl.int32, bitcast=True))
     return (bits + ((bits >> 31) & 0xFFFF)) & _HIGH_HALF
+
+
+@triton.jit
+def round_nearest(x: tl.tensor) -> tl.tensor:
+    """Bits of the bfloat16 nearest to x, ties to even."""
+    bits = x.to(tl.int32, bitcast=True)
+    return (bits + ((bits >> 16) & 1) + 0x7FFF) & _HIGH_HALF
 
 
 @triton.jit

@@ -1,0 +1,427 @@
+"""Randomly rotated groups; `lightning_actmem_kernels.reference.rotated` says what it computes.
+
+A tile is R groups in 8 tensors [R, G/8], one for each sub-block of the code layout: signs, packing and the butterflies
+between sub-blocks need no exchange between threads, nor do the butterflies between the columns of one thread.
+"""
+
+# mypy: allow-untyped-decorators
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference.chunks import group_count
+from ..reference.rotated import LEVELS, SQUARED_THRESHOLDS, TOO_LARGE_BITS
+from .launch import as_words, launch_tiles
+from .noise import sign_bytes
+from .values import flip, load_groups, load_word, round_nearest, store_groups, store_word
+
+_TOO_LARGE_BITS = tl.constexpr(TOO_LARGE_BITS)
+
+
+def encode(flat: Tensor, bits: int, group_size: int, centre: bool, key: int) -> tuple[Tensor, Tensor]:
+    """As `reference.rotated.encode`."""
+    groups = group_count(flat.numel(), group_size)
+    codes = torch.empty(groups, bits, group_size // 8, dtype=torch.uint8, device=flat.device)
+    scales = torch.empty(groups, 1 + centre, dtype=torch.int16, device=flat.device)
+    arguments = (as_words(flat), codes, scales, flat.numel(), key)
+    launch_tiles(_encode, arguments, (bits, group_size, centre, *_tables(bits)), flat.numel(), group_size)
+    return codes, scales
+
+
+def decode(codes: Tensor, scales: Tensor, bits: int, key: int, numel: int, dtype: torch.dtype) -> Tensor:
+    """As `reference.rotated.decode`."""
+    group_size = 8 * codes.shape[2]
+    flat = torch.empty(numel, dtype=dtype, device=codes.device)
+    arguments = (as_words(flat), codes, scales, numel, key)
+    constants = (bits, group_size, scales.shape[1] == 2, *_tables(bits))
+    launch_tiles(_decode, arguments, constants, numel, group_size)
+    return flat
+
+
+def _tables(bits: int) -> tuple[float, ...]:
+    """The 8 levels and 7 thresholds that the kernels take, zeros where a width has fewer."""
+    levels, thresholds = LEVELS[bits], SQUARED_THRESHOLDS[bits]
+    return levels + (0.0,) * (8 - len(levels)) + thresholds + (0.0,) * (7 - len(thresholds))
+
+
+@triton.jit
+def _butterfly(a: tl.tensor, b: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    return a + b, a - b
+
+
+@triton.jit
+def _partner(x: tl.tensor, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr) -> tl.tensor:
+    """For each column its partner STRIDE away."""
+    # The bits of a pair, added as integers, less one's own: a compiler sees through that to a plain shuffle or
+    # register, where splitting and joining tensors goes through shared memory.
+    bits = x.to(tl.int32, bitcast=True)
+    pairs = tl.reshape(bits, (ROWS, COLUMNS // (2 * STRIDE), 2, STRIDE))
+    return tl.reshape(tl.sum(pairs, 2)[:, :, None, :] - pairs, (ROWS, COLUMNS)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _column_butterfly(x: tl.tensor, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr) -> tl.tensor:
+    upper = (tl.arange(0, COLUMNS)[None, :] // STRIDE) << 31
+    own = (x.to(tl.int32, bitcast=True) ^ upper).to(tl.float32, bitcast=True)
+    return own + _partner(x, ROWS, COLUMNS, STRIDE)
+
+
+@triton.jit
+def _column_hadamard(x: tl.tensor, ROWS: tl.constexpr, COLUMNS: tl.constexpr) -> tl.tensor:
+    """Butterflies between columns 1, 2, 4 ... apart; columns are at most 128."""
+    for LEVEL in tl.static_range(7):
+        if (2 << LEVEL) <= COLUMNS:
+            x = _column_butterfly(x, ROWS, COLUMNS, 1 << LEVEL)
+    return x
+
+
+@triton.jit
+def _hadamard(
+    x0: tl.tensor,
+    x1: tl.tensor,
+    x2: tl.tensor,
+    x3: tl.tensor,
+    x4: tl.tensor,
+    x5: tl.tensor,
+    x6: tl.tensor,
+    x7: tl.tensor,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    x0, x4 = _butterfly(x0, x4)
+    x1, x5 = _butterfly(x1, x5)
+    x2, x6 = _butterfly(x2, x6)
+    x3, x7 = _butterfly(x3, x7)
+    x0, x2 = _butterfly(x0, x2)
+    x1, x3 = _butterfly(x1, x3)
+    x4, x6 = _butterfly(x4, x6)
+    x5, x7 = _butterfly(x5, x7)
+    x0, x1 = _butterfly(x0, x1)
+    x2, x3 = _butterfly(x2, x3)
+    x4, x5 = _butterfly(x4, x5)
+    x6, x7 = _butterfly(x6, x7)
+    x0 = _column_hadamard(x0, ROWS, COLUMNS)
+    x1 = _column_hadamard(x1, ROWS, COLUMNS)
+    x2 = _column_hadamard(x2, ROWS, COLUMNS)
+    x3 = _column_hadamard(x3, ROWS, COLUMNS)
+    x4 = _column_hadamard(x4, ROWS, COLUMNS)
+    x5 = _column_hadamard(x5, ROWS, COLUMNS)
+    x6 = _column_hadamard(x6, ROWS, COLUMNS)
+    x7 = _column_hadamard(x7, ROWS, COLUMNS)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def _sum(
+    x0: tl.tensor,
+    x1: tl.tensor,
+    x2: tl.tensor,
+    x3: tl.tensor,
+    x4: tl.tensor,
+    x5: tl.tensor,
+    x6: tl.tensor,
+    x7: tl.tensor,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> tl.tensor:
+    """Sums of the groups [R], added in the reference's order, which `tl.sum` of more than two would not keep."""
+    x = ((x0 + x4) + (x2 + x6)) + ((x1 + x5) + (x3 + x7))
+    for LEVEL in tl.static_range(7):
+        if (2 << LEVEL) <= COLUMNS:
+            x += _partner(x, ROWS, COLUMNS, 1 << LEVEL)
+    # Each column holds the sum now.
+    return tl.max(x, 1)
+
+
+@triton.jit
+def _magnitude(x: tl.tensor) -> tl.tensor:
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _power_of_two(exponent: tl.tensor) -> tl.tensor:
+    return (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _code(
+    z: tl.tensor,
+    mean_square: tl.tensor,
+    BITS: tl.constexpr,
+    T0: tl.constexpr,
+    T1: tl.constexpr,
+    T2: tl.constexpr,
+    T3: tl.constexpr,
+    T4: tl.constexpr,
+    T5: tl.constexpr,
+    T6: tl.constexpr,
+) -> tl.tensor:
+    # A binary search: as many comparisons as bits.
+    square = z * z
+    index = ((z.to(tl.int32, bitcast=True) >> 31) & 1) << (BITS - 1)
+    if BITS == 2:
+        index += (square > mean_square * T0).to(tl.int32)
+    elif BITS == 3:
+        bit1 = square > mean_square * T1
+        bit0 = square > tl.where(bit1, mean_square * T2, mean_square * T0)
+        index += bit1.to(tl.int32) * 2 + bit0.to(tl.int32)
+    elif BITS == 4:
+        bit2 = square > mean_square * T3
+        bit1 = square > tl.where(bit2, mean_square * T5, mean_square * T1)
+        low = tl.where(bit1, mean_square * T2, mean_square * T0)
+        high = tl.where(bit1, mean_square * T6, mean_square * T4)
+        bit0 = square > tl.where(bit2, high, low)
+        index += bit2.to(tl.int32) * 4 + bit1.to(tl.int32) * 2 + bit0.to(tl.int32)
+    return index
+
+
+@triton.jit
+def _level(
+    code: tl.tensor,
+    BITS: tl.constexpr,
+    L0: tl.constexpr,
+    L1: tl.constexpr,
+    L2: tl.constexpr,
+    L3: tl.constexpr,
+    L4: tl.constexpr,
+    L5: tl.constexpr,
+    L6: tl.constexpr,
+    L7: tl.constexpr,
+) -> tl.tensor:
+    """Magnitude of the level of a code."""
+    bit0 = (code & 1) != 0
+    bit1 = (code & 2) != 0
+    bit2 = (code & 4) != 0
+    if BITS == 1:
+        level = tl.zeros(code.shape, tl.float32) + L0
+    elif BITS == 2:
+        level = tl.where(bit0, L1, L0)
+    elif BITS == 3:
+        level = tl.where(bit1, tl.where(bit0, L3, L2), tl.where(bit0, L1, L0))
+    else:
+        low = tl.where(bit1, tl.where(bit0, L3, L2), tl.where(bit0, L1, L0))
+        high = tl.where(bit1, tl.where(bit0, L7, L6), tl.where(bit0, L5, L4))
+        level = tl.where(bit2, high, low)
+    return level
+
+
+@triton.jit(do_not_specialize=["numel", "key", "first_tile"])
+def _encode(
+    flat_ptr: tl.tensor,
+    codes_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    numel: tl.int64,
+    key: tl.int64,
+    first_tile: tl.int64,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    CENTRE: tl.constexpr,
+    L0: tl.constexpr,
+    L1: tl.constexpr,
+    L2: tl.constexpr,
+    L3: tl.constexpr,
+    L4: tl.constexpr,
+    L5: tl.constexpr,
+    L6: tl.constexpr,
+    L7: tl.constexpr,
+    T0: tl.constexpr,
+    T1: tl.constexpr,
+    T2: tl.constexpr,
+    T3: tl.constexpr,
+    T4: tl.constexpr,
+    T5: tl.constexpr,
+    T6: tl.constexpr,
+    ROWS: tl.constexpr,
+    RAGGED: tl.constexpr,
+) -> None:
+    C: tl.constexpr = GROUP_SIZE // 8
+    tile = first_tile + tl.program_id(0)
+    group = tile * ROWS + tl.arange(0, ROWS)
+    stored = group * GROUP_SIZE < numel
+    start = group[:, None] * GROUP_SIZE + tl.arange(0, C)[None, :]
+
+    x0 = load_groups(flat_ptr, start, stored, numel, RAGGED)
+    x1 = load_groups(flat_ptr, start + C, stored, numel, RAGGED)
+    x2 = load_groups(flat_ptr, start + 2 * C, stored, numel, RAGGED)
+    x3 = load_groups(flat_ptr, start + 3 * C, stored, numel, RAGGED)
+    x4 = load_groups(flat_ptr, start + 4 * C, stored, numel, RAGGED)
+    x5 = load_groups(flat_ptr, start + 5 * C, stored, numel, RAGGED)
+    x6 = load_groups(flat_ptr, start + 6 * C, stored, numel, RAGGED)
+    x7 = load_groups(flat_ptr, start + 7 * C, stored, numel, RAGGED)
+
+    # Magnitudes of floats order as their bits do, with inf and NaN above all others.
+    largest = tl.maximum(
+        tl.maximum(tl.maximum(_magnitude(x0), _magnitude(x1)), tl.maximum(_magnitude(x2), _magnitude(x3))),
+        tl.maximum(tl.maximum(_magnitude(x4), _magnitude(x5)), tl.maximum(_magnitude(x6), _magnitude(x7))),
+    )
+    largest = tl.max(largest, 1)
+    sound = largest < _TOO_LARGE_BITS
+    exponent = tl.minimum(tl.maximum(largest >> 23, 1), 253)
+    unit = _power_of_two(exponent)
+    shrink = _power_of_two(254 - exponent)[:, None]
+    x0 *= shrink
+    x1 *= shrink
+    x2 *= shrink
+    x3 *= shrink
+    x4 *= shrink
+    x5 *= shrink
+    x6 *= shrink
+    x7 *= shrink
+
+    if CENTRE:
+        mean = _sum(x0, x1, x2, x3, x4, x5, x6, x7, ROWS, C) * (1.0 / GROUP_SIZE) * unit
+        mean = tl.where(sound, round_nearest(mean), 0)
+        tl.store(scales_ptr + 2 * group + 1, (mean >> 16).to(tl.int16), stored)
+        shift = mean.to(tl.float32, bitcast=True)[:, None] * shrink
+        x0 -= shift
+        x1 -= shift
+        x2 -= shift
+        x3 -= shift
+        x4 -= shift
+        x5 -= shift
+        x6 -= shift
+        x7 -= shift
+
+    signs = sign_bytes(key, tile, ROWS, C)
+    x0, x1, x2, x3, x4, x5, x6, x7 = _hadamard(
+        flip(x0, signs, 0),
+        flip(x1, signs, 1),
+        flip(x2, signs, 2),
+        flip(x3, signs, 3),
+        flip(x4, signs, 4),
+        flip(x5, signs, 5),
+        flip(x6, signs, 6),
+        flip(x7, signs, 7),
+        ROWS,
+        C,
+    )
+    energy = _sum(x0 * x0, x1 * x1, x2 * x2, x3 * x3, x4 * x4, x5 * x5, x6 * x6, x7 * x7, ROWS, C)
+    mean_square = (energy * (1.0 / GROUP_SIZE))[:, None]
+    q0 = _code(x0, mean_square, BITS, T0, T1, T2, T3, T4, T5, T6)
+    q1 = _code(x1, mean_square, BITS, T0, T1, T2, T3, T4, T5, T6)
+    q2 = _code(x2, mean_square, BITS, T0, T1, T2, T3, T4, T5, T6)
+    q3 = _code(x3, mean_square, BITS, T0, T1, T2, T3, T4, T5, T6)
+    q4 = _code(x4, mean_square, BITS, T0, T1, T2, T3, T4, T5, T6)
+    q5 = _code(x5, mean_square, BITS, T0, T1, T2, T3, T4, T5, T6)
+    q6 = _code(x6, mean_square, BITS, T0, T1, T2, T3, T4, T5, T6)
+    q7 = _code(x7, mean_square, BITS, T0, T1, T2, T3, T4, T5, T6)
+    inner = _sum(
+        tl.abs(x0) * _level(q0, BITS, L0, L1, L2, L3, L4, L5, L6, L7),
+        tl.abs(x1) * _level(q1, BITS, L0, L1, L2, L3, L4, L5, L6, L7),
+        tl.abs(x2) * _level(q2, BITS, L0, L1, L2, L3, L4, L5, L6, L7),
+        tl.abs(x3) * _level(q3, BITS, L0, L1, L2, L3, L4, L5, L6, L7),
+        tl.abs(x4) * _level(q4, BITS, L0, L1, L2, L3, L4, L5, L6, L7),
+        tl.abs(x5) * _level(q5, BITS, L0, L1, L2, L3, L4, L5, L6, L7),
+        tl.abs(x6) * _level(q6, BITS, L0, L1, L2, L3, L4, L5, L6, L7),
+        tl.abs(x7) * _level(q7, BITS, L0, L1, L2, L3, L4, L5, L6, L7),
+        ROWS,
+        C,
+    )
+    nonzero = inner > 0.0
+    scale = tl.where(nonzero, tl.div_rn(energy, tl.where(nonzero, inner * (1.0 * GROUP_SIZE), 1.0)), 0.0)
+    scale_bits = tl.where(sound, round_nearest(scale * unit) >> 16, 0x7FC0)
+    tl.store(scales_ptr + (1 + CENTRE) * group, scale_bits.to(tl.int16), stored)
+
+    word = q0 | (q1 << BITS) | (q2 << 2 * BITS) | (q3 << 3 * BITS)
+    word |= (q4 << 4 * BITS) | (q5 << 5 * BITS) | (q6 << 6 * BITS) | (q7 << 7 * BITS)
+    offsets = group[:, None] * (C * BITS) + tl.arange(0, C)[None, :]
+    store_word(codes_ptr, offsets, tl.where(sound[:, None], word, 0), stored[:, None], BITS, C)
+
+
+@triton.jit
+def _signed_level(
+    word: tl.tensor,
+    BITS: tl.constexpr,
+    S: tl.constexpr,
+    L0: tl.constexpr,
+    L1: tl.constexpr,
+    L2: tl.constexpr,
+    L3: tl.constexpr,
+    L4: tl.constexpr,
+    L5: tl.constexpr,
+    L6: tl.constexpr,
+    L7: tl.constexpr,
+) -> tl.tensor:
+    """Level of code S of each word."""
+    level = _level(word >> (BITS * S), BITS, L0, L1, L2, L3, L4, L5, L6, L7)
+    sign = (word << (32 - BITS * (S + 1))) & -0x80000000
+    return (level.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _restored(
+    x: tl.tensor, scale: tl.tensor, mean: tl.tensor, signs: tl.tensor, S: tl.constexpr, CENTRE: tl.constexpr
+) -> tl.tensor:
+    x = flip(x * scale, signs, S)
+    if CENTRE:
+        x += mean
+    return x
+
+
+@triton.jit(do_not_specialize=["numel", "key", "first_tile"])
+def _decode(
+    flat_ptr: tl.tensor,
+    codes_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    numel: tl.int64,
+    key: tl.int64,
+    first_tile: tl.int64,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    CENTRE: tl.constexpr,
+    L0: tl.constexpr,
+    L1: tl.constexpr,
+    L2: tl.constexpr,
+    L3: tl.constexpr,
+    L4: tl.constexpr,
+    L5: tl.constexpr,
+    L6: tl.constexpr,
+    L7: tl.constexpr,
+    T0: tl.constexpr,
+    T1: tl.constexpr,
+    T2: tl.constexpr,
+    T3: tl.constexpr,
+    T4: tl.constexpr,
+    T5: tl.constexpr,
+    T6: tl.constexpr,
+    ROWS: tl.constexpr,
+    RAGGED: tl.constexpr,
+) -> None:
+    C: tl.constexpr = GROUP_SIZE // 8
+    tile = first_tile + tl.program_id(0)
+    group = tile * ROWS + tl.arange(0, ROWS)
+    stored = group * GROUP_SIZE < numel
+    column = tl.arange(0, C)[None, :]
+    word = load_word(codes_ptr, group[:, None] * (C * BITS) + column, stored[:, None], BITS, C)
+    x0, x1, x2, x3, x4, x5, x6, x7 = _hadamard(
+        _signed_level(word, BITS, 0, L0, L1, L2, L3, L4, L5, L6, L7),
+        _signed_level(word, BITS, 1, L0, L1, L2, L3, L4, L5, L6, L7),
+        _signed_level(word, BITS, 2, L0, L1, L2, L3, L4, L5, L6, L7),
+        _signed_level(word, BITS, 3, L0, L1, L2, L3, L4, L5, L6, L7),
+        _signed_level(word, BITS, 4, L0, L1, L2, L3, L4, L5, L6, L7),
+        _signed_level(word, BITS, 5, L0, L1, L2, L3, L4, L5, L6, L7),
+        _signed_level(word, BITS, 6, L0, L1, L2, L3, L4, L5, L6, L7),
+        _signed_level(word, BITS, 7, L0, L1, L2, L3, L4, L5, L6, L7),
+        ROWS,
+        C,
+    )
+    scale = tl.load(scales_ptr + (1 + CENTRE) * group, stored, other=0).to(tl.int32) << 16
+    scale = scale.to(tl.float32, bitcast=True)[:, None]
+    mean = scale
+    if CENTRE:
+        mean = tl.load(scales_ptr + 2 * group + 1, stored, other=0).to(tl.int32) << 16
+        mean = mean.to(tl.float32, bitcast=True)[:, None]
+    signs = sign_bytes(key, tile, ROWS, C)
+    start = group[:, None] * GROUP_SIZE + column
+    store_groups(flat_ptr, start, _restored(x0, scale, mean, signs, 0, CENTRE), stored, numel, RAGGED)
+    store_groups(flat_ptr, start + C, _restored(x1, scale, mean, signs, 1, CENTRE), stored, numel, RAGGED)
+    store_groups(flat_ptr, start + 2 * C, _restored(x2, scale, mean, signs, 2, CENTRE), stored, numel, RAGGED)
+    store_groups(flat_ptr, start + 3 * C, _restored(x3, scale, mean, signs, 3, CENTRE), stored, numel, RAGGED)
+    store_groups(flat_ptr, start + 4 * C, _restored(x4, scale, mean, signs, 4, CENTRE), stored, numel, RAGGED)
+    store_groups(flat_ptr, start + 5 * C, _restored(x5, scale, mean, signs, 5, CENTRE), stored, numel, RAGGED)
+    store_groups(flat_ptr, start + 6 * C, _restored(x6, scale, mean, signs, 6, CENTRE), stored, numel, RAGGED)
+    store_groups(flat_ptr, start + 7 * C, _restored(x7, scale, mean, signs, 7, CENTRE), stored, numel, RAGGED)
