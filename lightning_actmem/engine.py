@@ -214,14 +214,21 @@ def _codecs(config: ActMemConfig, derive: bool) -> Codecs:
     def general(bits: int) -> CodecSpec | None:
         if bits == LOSSLESS_BITS:
             return None
-        return CodecSpec("uniform", bits, config.group_size, config.rounding)
+        codec = "rotated" if bits in _codec_bits(config.codec) else "uniform"
+        return CodecSpec(codec, bits, config.group_size, config.rounding)
 
     # One bit would leave a ReLU's output its sign and no value.
     relu = CodecSpec("relu", max(config.bits, _RELU_MIN_BITS), config.group_size, config.rounding)
     return Codecs(
         general=general(config.bits),
-        relu=general(config.bits) if config.codec == "uniform" else relu,
+        relu=relu if config.codec == "auto" else general(config.bits),
         attention=general(max(config.bits, config.attention_bits)) if derive else None,
         loss=general(max(config.bits, config.loss_bits)),
         smallest=derive,
     )
+
+
+def _codec_bits(codec: str) -> tuple[int, ...]:
+    """Return the widths at which activations are rotated before they are rounded."""
+    # Measured on a GPT: at 1 bit as good as min-max groups at 2, at 2 bits half their gradient error, from 3 on no better.
+    return {"auto": (1, 2), "rotated": (1, 2, 3, 4)}.get(codec, ())
