@@ -101,23 +101,14 @@ def test_raw_bytes_are_what_plain_autograd_keeps_alive() -> None:
 # ---------------------------------------------------------------- statistics
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("codec", "rounding"), [("uniform", "dither"), ("uniform", "stochastic"), ("rotated", "dither")]
-)
-def test_the_gradient_of_a_packed_linear_layer(codec: str, rounding: str) -> None:
-    """Unbiased over 4,096 draws, and for min-max groups with the variance of the closed form.
-
-    With subtractive dither the error of each element is uniform on a step and independent of the input, so
-    Var[dW[o, c]] = sum_r g[r, o]^2 step(r, c)^2 / 12; with stochastic rounding it is step^2 f (1 - f).
-    """
-    draws, group, bits = 4096, 32, 2
+def draw_errors(draws: int, **config: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return mean and variance of the weight gradient's error over many draws, and its inputs x and g."""
     torch.manual_seed(2)
     fc = nn.Linear(64, 4, bias=False)
     x = torch.randn(16, 64, requires_grad=True)
     grad_out = torch.randn(16, 4)
     exact = grad_out.t() @ x.detach()
-    engine = ActMemEngine(bits=bits, codec=codec, group_size=group, rounding=rounding, min_elements=0)
+    engine = ActMemEngine(bits=2, min_elements=0, **config)
     total, squares = torch.zeros(4, 64, dtype=torch.float64), torch.zeros(4, 64, dtype=torch.float64)
     for _ in range(draws):
         with engine.compress(fc):
@@ -126,20 +117,43 @@ def test_the_gradient_of_a_packed_linear_layer(codec: str, rounding: str) -> Non
         error = (grad - exact).double()
         total += error
         squares += error**2
-    mean, variance = total / draws, (squares - total**2 / draws) / (draws - 1)
-    z = mean / (variance / draws).sqrt()
-    assert z.abs().max() < 5
-    if codec == "rotated":
-        return
+    return total / draws, (squares - total**2 / draws) / (draws - 1), x.detach(), grad_out
 
-    groups = x.detach().double().view(16, 2, group)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rounding", ["dither", "stochastic"])
+def test_the_gradient_of_a_packed_linear_layer(rounding: str) -> None:
+    """Unbiased over 4,096 draws, with the variance of the closed form.
+
+    With subtractive dither the error of each element is uniform on a step and independent of the input, so
+    Var[dW[o, c]] = sum_r g[r, o]^2 step(r, c)^2 / 12; with stochastic rounding it is step^2 f (1 - f).
+    """
+    draws, group = 4096, 32
+    mean, variance, x, grad_out = draw_errors(draws, codec="uniform", group_size=group, rounding=rounding)
+    assert (mean / (variance / draws).sqrt()).abs().max() < 5
+
+    groups = x.double().view(16, 2, group)
     low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
-    step = ((high - low) / (2**bits - 1)).expand_as(groups)
-    position = (groups - low) / step
-    fraction = position - position.floor()
+    step = ((high - low) / 3).expand_as(groups)
+    fraction = ((groups - low) / step).frac()
     error_variance = step**2 / 12 if rounding == "dither" else step**2 * fraction * (1 - fraction)
     closed_form = (grad_out.double() ** 2).t() @ error_variance.reshape(16, 64)
     assert variance.sum() == pytest.approx(closed_form.sum().item(), rel=0.03)
+
+
+@pytest.mark.slow
+def test_the_gradient_of_a_linear_layer_packed_with_rotation() -> None:
+    """Half the variance of dithered min-max groups, at a bias that does not count.
+
+    One random Hadamard transform is not a uniformly random rotation, for which the scale would make the result exactly
+    unbiased: measured, the squared bias is below 1e-4 of the variance at groups of 256.
+    """
+    draws = 2048
+    mean, variance, _, _ = draw_errors(draws, codec="rotated")
+    squared_bias = (mean**2 - variance / draws).sum()
+    assert squared_bias < 1e-3 * variance.sum()
+    _, min_max, _, _ = draw_errors(256, codec="uniform")
+    assert variance.sum() < 0.6 * min_max.sum()
 
 
 # ---------------------------------------------------------------- what must not change
