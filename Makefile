@@ -71,7 +71,7 @@ wheel-check: $(STAMP)
 	@$(PY) .ci/check_wheel.py
 
 bench: $(STAMP)
-	@$(PY) benchmarks/compare.py
+	@$(PY) -m benchmarks.memory
 
 clean:
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -88,7 +88,7 @@ class ActMemConfig:
         if not (self.derive is None or isinstance(self.derive, bool)):
             raise TypeError(f"derive must be true, false or null, got {self.derive!r}.")
         exact: Any = self.exact  # a list from YAML, or what a user mistook for one
-        if isinstance(exact, str) or not all(isinstance(pattern, str) for pattern in exact):
+        if not isinstance(exact, (list, tuple)) or not all(isinstance(pattern, str) for pattern in exact):
             raise TypeError(f"exact must be a list of patterns such as ['encoder.0', 'op:gelu'], got {self.exact!r}.")
         object.__setattr__(self, "exact", tuple(exact))
         CodecSpec("uniform", bits=4, group_size=self.group_size)  # the kernels own the rule for group sizes

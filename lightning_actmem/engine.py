@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -62,7 +62,7 @@ class ActMemEngine:
         self._scope = LayerScope(self._suspended)
         derive = not self.config.lossless if self.config.derive is None else self.config.derive
         if derive:
-            self._tracker.replacements[F.scaled_dot_product_attention] = recomputed_attention
+            self._tracker.replacements[F.scaled_dot_product_attention] = self._attention
         self._hooks = SavedTensorHooks(
             self._tracker,
             self._scope,
@@ -96,10 +96,11 @@ class ActMemEngine:
             yield
             return
         self._warn_of_compiled_parts(module)
+        borrowed = Borrowed(module, inputs)
         self._active = True
-        self.step += 1
-        self._hooks.start_step(Borrowed(module, inputs), mix64(self.config.seed, self.rank, self.step))
         try:
+            self.step += 1
+            self._hooks.start_step(borrowed, mix64(self.config.seed, self.rank, self.step))
             with self._scope.installed(module), self._stack.installed():
                 yield
         except RuntimeError as error:
@@ -117,10 +118,7 @@ class ActMemEngine:
     def paused(self) -> Iterator[None]:
         """Leave autograd alone inside this context: for ``torch.func`` transforms and the like.
 
-        Does nothing when compression is not active.
-
-        Raises:
-            ActMemError: If other saved-tensor hooks have been put on top of the engine's.
+        Does nothing when compression is not active, or is suspended by other hooks (inside a checkpoint).
         """
         with self._suspended():
             yield
@@ -164,6 +162,12 @@ class ActMemEngine:
             return
         with self._stack.suspended():
             yield
+
+    def _attention(self, function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """Recompute attention in backward, unless somebody else's hooks decide what it saves."""
+        if self._stack.is_innermost():
+            return recomputed_attention(function, arguments, keywords)
+        return function(*arguments, **keywords)
 
     def _is_wholly_compiled(self, module: nn.Module | None) -> bool:
         if module is None or not is_compiled(module):
@@ -224,7 +228,7 @@ def _codecs(config: ActMemConfig, derive: bool) -> Codecs:
         relu=relu if config.codec == "auto" else general(config.bits),
         attention=general(max(config.bits, config.attention_bits)) if derive else None,
         loss=general(max(config.bits, config.loss_bits)),
-        smallest=derive,
+        smallest=True,
     )
 
 

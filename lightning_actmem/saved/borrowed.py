@@ -47,26 +47,37 @@ class Borrowed:
     def _own(self, tensor: Tensor, owner: str) -> None:
         try:
             storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # DTensor, sparse, nested: never packed in the first place
+        except (
+            NotImplementedError,
+            RuntimeError,
+            ValueError,
+        ):  # DTensor, sparse, nested, not materialised
             return
         if storage.nbytes():
             self._owners[storage._cdata] = owner
 
 
-def tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:
-    """Yield every tensor in nested mappings, sequences, dataclasses and plain objects."""
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield every tensor in nested mappings, sequences, dataclasses and plain objects, each object once."""
+    yield from _tensors_in(value, 0, set())
+
+
+def _tensors_in(value: Any, depth: int, seen: set[int]) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
         return
     if value is None or isinstance(value, (str, bytes, int, float, nn.Module, type)) or depth == _MAX_DEPTH:
         return
+    if id(value) in seen:
+        return
+    seen.add(id(value))
     if isinstance(value, Mapping):
         parts: Any = value.values()
     elif isinstance(value, (list, tuple, set, frozenset)):
         parts = value
     elif is_dataclass(value):
-        parts = [getattr(value, part.name) for part in fields(value)]
+        parts = [getattr(value, part.name, None) for part in fields(value)]
     else:
         parts = list(getattr(value, "__dict__", {}).values())
     for part in parts:
-        yield from tensors_in(part, depth + 1)
+        yield from _tensors_in(part, depth + 1, seen)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +14,15 @@ from . import operation as ops
 from .borrowed import Borrowed
 from .derived import Derived
 from .geometry import Geometry
-from .handle import DecodeCache, Handle, Kept
+from .handle import DecodeCache, Handle
 from .identify import is_weight
 from .recipe import Autocast, Recipe, Slot, Source, changes_first_argument, tensors_of, with_slots
+from .reduced import ONE_BIT
 from .share import SharedStorages, StoredStorage
 
 # Deterministic, and cheap enough to run twice: element-wise, row-wise, or a copy. Roots and logarithms are absent: an
 # argument that was rounded below zero would give them NaN.
-_ELEMENTWISE = ops.ACTIVATIONS | ops.PRODUCTS | ops.POWERS | ops.RELU | frozenset("add sub rsub neg div".split())
+_ELEMENTWISE = ops.ACTIVATIONS | ops.PRODUCTS | ops.POWERS | ops.RELU | ONE_BIT | frozenset("add sub neg div".split())
 _ROWS = frozenset("layer_norm group_norm rms_norm softmax masked_fill where".split())
 _COPIES = frozenset("to float half bfloat16 type_as contiguous clone reshape flatten cat stack".split())
 _MATRIX_PRODUCTS = frozenset("matmul bmm baddbmm".split())
@@ -30,7 +31,7 @@ _FROM_SAVED = frozenset(["batch_norm"]) | ops.DROPOUTS
 #: Save their own output: its recipe is needed while the operation still runs.
 SAVES_OUTPUT = frozenset("relu tanh sigmoid softmax exp".split())
 
-_MAX_DEPTH = 16
+_MAX_DEPTH = 8
 # An argument this many times smaller than the result is stored by value when it is not stored already.
 _SMALL_FACTOR = 32
 # A mask that all heads, and mostly all layers, have in common.
@@ -75,18 +76,19 @@ class Note:
         self.saved: list[tuple[Tensor, Handle]] = []  # results among what it saves: statistics, masks
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """A storage's contents as the result of a recipe.
 
     Args:
         recipe: The recipe.
+        inputs: What goes into its slots: an argument to be found, or a handle.
         size: Shape of the result.
         stride: Its strides.
         dtype: Its type.
     """
 
     recipe: Recipe
+    inputs: tuple[Source | Handle, ...]
     size: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
@@ -126,11 +128,14 @@ class Deriver:
         if storage.nbytes() != result.nbytes or self._is_argument(note, storage, result._version):
             return  # a recipe is for a whole storage
         outcomes = self._shared[storage].outcomes
-        if result._version not in outcomes and (recipe := self._recipe(note, result)) is not None:
-            outcomes[result._version] = Outcome(recipe, tuple(result.shape), result.stride(), result.dtype)
+        if result._version not in outcomes and (found := self._recipe(note, result)) is not None:
+            recipe, inputs = found
+            outcomes[result._version] = Outcome(recipe, inputs, tuple(result.shape), result.stride(), result.dtype)
 
     def note_copy(self, note: Note, tensor: Tensor, handle: Handle) -> None:
         """Note that a matrix product has saved a contiguous copy of one of its arguments instead of the argument."""
+        if not tensor.is_contiguous() or len({argument.shape[:-2] for argument in note.tensors}) > 1:
+            return  # a broadcast argument: the copy is of an expansion
         matches = [
             (argument, geometry)
             for argument, geometry in zip(note.tensors, note.geometries, strict=True)
@@ -138,16 +143,17 @@ class Deriver:
             and (argument.numel(), argument.dtype) == (tensor.numel(), tensor.dtype)
             and argument.shape[-2:] == tensor.shape[-2:]
         ]
-        if len(matches) == 1 and tensor.is_contiguous():
+        if len(matches) == 1:
             argument, geometry = matches[0]
             self._shared[argument.untyped_storage()].add_copy(geometry, handle)
 
-    def derive(self, entry: StoredStorage, version: int, attention: bool) -> Derived | None:
+    def derive(self, entry: StoredStorage, version: int, least_bits: int, attention: bool) -> Derived | None:
         """Make a storage's contents derivable, if they follow from what is stored.
 
         Args:
             entry: The storage.
             version: Version of its contents.
+            least_bits: Quality that everything they follow from must have at least.
             attention: Whether products of activations may be run again.
 
         Returns:
@@ -158,9 +164,9 @@ class Deriver:
         if outcome is None or (outcome.recipe.product and not attention):
             return None
         handles: list[Handle] = []
-        for wanted in outcome.recipe.inputs:
-            handle = self._handle(wanted, attention)
-            if handle is None:
+        for wanted in outcome.inputs:
+            handle = self._handle(wanted, least_bits, attention) if isinstance(wanted, Source) else wanted
+            if handle is None or handle.bits < least_bits:
                 return None
             handles.append(handle)
         derived = Derived(outcome.recipe, tuple(handles), outcome.size, outcome.stride, outcome.dtype, self._cache)
@@ -169,49 +175,45 @@ class Deriver:
         entry.add_derived(version, outcome.dtype, derived)
         return derived
 
-    def _handle(self, wanted: Source | nn.Parameter | Handle, attention: bool) -> Handle | None:
-        if isinstance(wanted, nn.Parameter):
-            return Kept(wanted)
-        if not isinstance(wanted, Source):
-            return wanted
-        handle = wanted.storage.find_values(wanted.geometry)
+    def _handle(self, wanted: Source, least_bits: int, attention: bool) -> Handle | None:
+        small = None if wanted.small is None else wanted.small()
+        if small is not None and small._version == wanted.geometry.version:
+            # By value: what autograd itself does not save may well be changed before backward, or be a weight that
+            # FSDP has resharded by then.
+            return self._copy(small)
+        handle = wanted.storage.find_values(wanted.geometry, least_bits)
         if handle is not None:
             return handle
-        if wanted.small is not None:
-            # By value: what autograd itself does not save may well be changed before backward.
-            return self._copy(wanted.small) if wanted.small._version == wanted.geometry.version else None
-        derived = self.derive(wanted.storage, wanted.geometry.version, attention)
-        return None if derived is None else wanted.storage.find(wanted.geometry, exact=False)
+        derived = self.derive(wanted.storage, wanted.geometry.version, least_bits, attention)
+        return None if derived is None else wanted.storage.find(wanted.geometry, least_bits)
 
-    def _recipe(self, note: Note, result: Tensor) -> Recipe | None:
+    def _recipe(self, note: Note, result: Tensor) -> tuple[Recipe, tuple[Source | Handle, ...]] | None:
         inputs = self._inputs(note, result)
         if inputs is None or note.autocast is None:
             return None
         if note.operation in ops.DROPOUTS:
-            return _dropout_recipe(note, inputs)
-        if note.operation == "batch_norm" and _is_training(note):
-            return _batch_norm_recipe(note, inputs)
+            return _dropout_recipe(note, inputs, note.autocast)
+        if note.operation == "batch_norm" and _given_to_batch_norm(note).get("training"):
+            return _batch_norm_recipe(note, inputs, note.autocast)
         product = note.operation in _MATRIX_PRODUCTS
         if product and any(is_weight(tensor) or self._borrowed.owns(tensor) for tensor in note.tensors):
             return None  # a layer's own product is not cheap
-        if note.operation == "div" and any(isinstance(value, Source) and value.small is None for value in inputs[1:]):
-            return None  # rounded, it may be zero
+        if note.operation == "div" and any(value.small is None for value in inputs[1:]):
+            return None  # rounded, a divisor may be zero
         if note.operation in ops.POWERS and not ops.bears_rounding(note.operation, note.arguments):
             return None
         arguments, keywords = with_slots((note.arguments, note.keywords))
-        return Recipe(note.function, arguments, keywords, inputs, note.autocast, note.inplace, product)
+        return Recipe(note.function, arguments, keywords, note.autocast, note.inplace, product), inputs
 
-    def _inputs(self, note: Note, result: Tensor) -> tuple[Source | nn.Parameter, ...] | None:
-        inputs: list[Source | nn.Parameter] = []
+    def _inputs(self, note: Note, result: Tensor) -> tuple[Source, ...] | None:
+        inputs: list[Source] = []
         for tensor, geometry in zip(note.tensors, note.geometries, strict=True):
             if geometry is None or tensor.device != result.device:
                 return None
-            if isinstance(tensor, nn.Parameter):
-                inputs.append(tensor)
-                continue
             is_mask = note.operation in _MASKED and not tensor.requires_grad
             small = tensor.numel() * (_MASK_FACTOR if is_mask else _SMALL_FACTOR) <= result.numel()
-            inputs.append(Source(self._shared[tensor.untyped_storage()], geometry, tensor if small else None))
+            source = self._shared[tensor.untyped_storage()]
+            inputs.append(Source(source, geometry, ref(tensor) if small else None))
         return tuple(inputs)
 
     @staticmethod
@@ -228,38 +230,47 @@ def is_plain(tensor: Tensor) -> bool:
     return (
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.layout is torch.strided
-        and not (tensor.is_nested or tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+        and not (tensor.is_nested or tensor.is_quantized or tensor.is_inference())
+        and not (tensor.is_conj() or tensor.is_neg())
     )
 
 
-def _dropout_recipe(note: Note, inputs: tuple[Any, ...]) -> Recipe | None:
-    if len(note.saved) != 1 or note.autocast is None:
+_Built = tuple[Recipe, tuple[Source | Handle, ...]]
+
+
+def _dropout_recipe(note: Note, inputs: tuple[Source, ...], autocast: Autocast) -> _Built | None:
+    if len(note.saved) != 1:
         return None
     mask, handle = note.saved[0]
     keep = 1.0
     if mask.dtype == torch.bool:  # the fused kernels save a bool mask and scale by themselves
         p = note.arguments[1] if len(note.arguments) > 1 else note.keywords.get("p", 0.5)
         keep = 1.0 - float(p)
-    return Recipe(_masked, (Slot(0), Slot(1), keep), {}, (inputs[0], handle), note.autocast)
+    return Recipe(_masked, (Slot(0), Slot(1), keep), {}, autocast), (inputs[0], handle)
 
 
 def _masked(x: Tensor, mask: Tensor, keep: float) -> Tensor:
     return x * mask if keep == 1.0 else x * mask / keep
 
 
-def _is_training(note: Note) -> bool:
-    return bool({**dict(zip(_BATCH_NORM_ARGUMENTS, note.arguments, strict=False)), **note.keywords}.get("training"))
+def _given_to_batch_norm(note: Note) -> dict[str, Any]:
+    if note.function is not F.batch_norm:
+        return {}  # torch.batch_norm has another order of arguments
+    return {**dict(zip(_BATCH_NORM_ARGUMENTS, note.arguments, strict=False)), **note.keywords}
 
 
-def _batch_norm_recipe(note: Note, inputs: tuple[Any, ...]) -> Recipe | None:
+def _batch_norm_recipe(note: Note, inputs: tuple[Source, ...], autocast: Autocast) -> _Built | None:
     """Normalise by the statistics of the forward pass, which the operation has saved."""
-    given = {**dict(zip(_BATCH_NORM_ARGUMENTS, note.arguments, strict=False)), **note.keywords}
+    given = _given_to_batch_norm(note)
     statistics = [handle for tensor, handle in note.saved if tensor.is_floating_point() and tensor.dim() == 1]
-    affine = tuple(given[name] for name in ("weight", "bias") if isinstance(given.get(name), nn.Parameter))
-    if note.function is not F.batch_norm or len(statistics) < 2 or len(affine) == 1 or note.autocast is None:
+    affine = [given[name] for name in ("weight", "bias") if given.get(name) is not None]
+    if len(statistics) < 2 or len(affine) == 1:
         return None
-    slots = tuple(Slot(index) for index in range(3 + len(affine)))
-    return Recipe(_normalised, slots, {}, (inputs[0], *statistics[:2], *affine), note.autocast)
+    sources = [value for tensor, value in zip(note.tensors, inputs, strict=True) if any(tensor is w for w in affine)]
+    slots = tuple(Slot(number) for number in range(3 + len(sources)))
+    if len(sources) != len(affine):
+        return None
+    return Recipe(_normalised, slots, {}, autocast), (inputs[0], *statistics[:2], *sources)
 
 
 def _normalised(

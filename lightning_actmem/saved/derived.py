@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ActMemError
-from .handle import DecodeCache, Handle
+from .handle import DERIVED_BITS, DecodeCache, Handle
 from .ledger import Charge
 from .recipe import Recipe
 
@@ -30,12 +30,13 @@ class Derived:
         "_recipe",
         "_size",
         "_stride",
+        "bits",
         "cache",
         "charge",
         "depth",
-        "lossless",
         "mask",
         "numel",
+        "uses",
     )
 
     def __init__(
@@ -52,22 +53,30 @@ class Derived:
         self._size = size
         self._stride = stride
         self._dtype = dtype
+        self.uses = 0
         self.cache = cache
         self.mask: Handle | None = None  # the exact sign of a ReLU's output
         self.charge: Charge | None = None  # what plain autograd would keep alive instead
         self.numel = torch.Size(size).numel()
         self.depth = 1 + sum(handle.depth for handle in handles)
-        self.lossless = False  # as close as the operation is reproducible: not for who needs the very bits
+        self.bits = min([DERIVED_BITS, *(handle.bits for handle in handles)])
+
+    def _restore_inputs(self) -> list[Tensor]:
+        """Restore the deepest first: nothing else is then held while its own chain runs."""
+        order = sorted(range(len(self._handles)), key=lambda number: -self._handles[number].depth)
+        restored = {number: self._handles[number].restore() for number in order}
+        return [restored[number] for number in range(len(self._handles))]
 
     def decode(self) -> Tensor:
         """Return the segment, 1-D in memory order; the same values every time."""
-        tensors = [handle.restore() for handle in self._handles]
+        tensors = self._restore_inputs()
         if not all(tensor.untyped_storage().nbytes() or not tensor.numel() for tensor in tensors):
             raise ActMemError(
                 "a tensor is to be computed again from a weight whose memory is not there at the moment (FSDP has "
                 "resharded it). Set derive=False, or shard norm layers together with the layers that use their output."
             )
         result = self._recipe.run(tensors)
+        del tensors
         if self.mask is not None:
             # The derivative of a ReLU is the sign of its output, which must not hang on how its input was rounded.
             result = result.clamp(min=torch.finfo(result.dtype).tiny).mul_(self.mask.restore())

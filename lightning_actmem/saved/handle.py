@@ -14,6 +14,10 @@ from lightning_actmem_kernels import CodecSpec, Layout, decode
 from .geometry import Geometry
 from .ledger import Charge
 
+#: Quality of what comes back exactly, and of what is computed again from that: exact but for the order of additions.
+EXACT_BITS = 32
+DERIVED_BITS = 31
+
 _MODIFIED = (
     "one of the variables needed for gradient computation has been modified by an inplace operation: [{type} "
     "{shape}] is at version {now}; expected version {then} instead. Hint: find the in-place change between the forward "
@@ -33,6 +37,7 @@ class Kept:
     __slots__ = ("__weakref__", "_charges", "_tensor", "_version")
 
     depth = 0
+    bits = EXACT_BITS
 
     def __init__(self, tensor: Tensor, versioned: bool = True, charges: tuple[Charge | None, ...] = ()) -> None:
         # Detached: a result that holds its own node, which holds this handle, would never be freed.
@@ -81,11 +86,12 @@ class Payload:
         "_charges",
         "_dtype",
         "_key",
+        "bits",
         "cache",
-        "lossless",
         "numel",
         "spec",
         "tensors",
+        "uses",
     )
 
     depth = 0
@@ -103,7 +109,8 @@ class Payload:
     ) -> None:
         self.tensors = tensors
         self.spec = spec
-        self.lossless = spec.lossless
+        self.bits = EXACT_BITS if spec.lossless else spec.bits
+        self.uses = 0
         self.numel = numel
         self.cache = cache
         self._dtype = dtype
@@ -128,11 +135,13 @@ class Packed:
         offset: First element within the segment.
     """
 
-    __slots__ = ("__weakref__", "_offset", "_size", "_stride", "depth", "payload")
+    __slots__ = ("__weakref__", "_offset", "_size", "_stride", "bits", "depth", "payload")
 
     def __init__(self, payload: AnyPayload, size: tuple[int, ...], stride: tuple[int, ...], offset: int) -> None:
+        payload.uses += 1
         self.payload = payload
         self.depth = payload.depth
+        self.bits = payload.bits
         self._size = size
         self._stride = stride
         self._offset = offset
@@ -150,11 +159,13 @@ class PackedCompact:
         layout: Where they go.
     """
 
-    __slots__ = ("__weakref__", "_layout", "depth", "payload")
+    __slots__ = ("__weakref__", "_layout", "bits", "depth", "payload")
 
     def __init__(self, payload: AnyPayload, layout: Layout) -> None:
+        payload.uses += 1
         self.payload = payload
         self.depth = payload.depth
+        self.bits = payload.bits
         self._layout = layout
 
     def restore(self) -> Tensor:
@@ -174,6 +185,7 @@ class Stand:
     __slots__ = ("__weakref__", "_high", "_like", "_low", "charge", "mask")
 
     depth = 0
+    bits = 0  # never a substitute for another tensor
 
     def __init__(self, like: Tensor, low: float = 0.0, high: float = 0.0) -> None:
         self._like = torch.Size(like.shape), like.dtype, like.device
@@ -199,12 +211,13 @@ class Reshaped:
         size: The shape.
     """
 
-    __slots__ = ("__weakref__", "_handle", "_size", "depth")
+    __slots__ = ("__weakref__", "_handle", "_size", "bits", "depth")
 
     def __init__(self, handle: Handle, size: tuple[int, ...]) -> None:
         self._handle = handle
         self._size = size
         self.depth: int = handle.depth
+        self.bits: int = handle.bits
 
     def restore(self) -> Tensor:
         """Return the tensor, contiguous."""
@@ -219,19 +232,27 @@ class AnyPayload(Protocol):
 
     Attributes:
         numel: Elements of the segment.
-        lossless: Whether it comes back exactly.
+        bits: Least bits that anything behind it was stored at; `EXACT_BITS` if it comes back exactly.
         depth: Operations that run to get it.
+        uses: Handles that have been made of it.
         cache: Remembers the last segments.
     """
 
     numel: int
-    lossless: bool
+    bits: int
     depth: int
+    uses: int
     cache: DecodeCache
 
     def decode(self) -> Tensor:
         """Return the segment, 1-D; the same values every time."""
         ...
+
+
+# Below these many uses, remembering a segment costs more peak memory than decoding it again costs time: an activation's
+# input is asked for twice, once to derive its output.
+_USES_OF_DERIVED = 2
+_USES_OF_STORED = 3
 
 
 class DecodeCache:
@@ -255,6 +276,8 @@ class DecodeCache:
         if entry is not None and entry[1]._version == 0:  # nobody has changed it in place
             return entry[1]
         segment = payload.decode()
+        if payload.uses < (_USES_OF_DERIVED if payload.depth else _USES_OF_STORED):
+            return segment
         self._segments[number] = ref(payload, lambda _: self._segments.pop(number, None)), segment
         while len(self._segments) > self._capacity:
             self._segments.popitem(last=False)

@@ -8,7 +8,7 @@ from torch import Tensor, UntypedStorage, nn
 from .borrowed import Borrowed
 from .derive import SAVES_OUTPUT, Deriver
 from .geometry import Geometry
-from .handle import Handle, Stand
+from .handle import EXACT_BITS, Handle, Stand
 from .identify import Identifier, Verdict, is_weight
 from .ledger import BORROWED
 from .operation import MATMUL, OperationTracker
@@ -17,6 +17,11 @@ from .share import StoredStorage
 from .store import IDENTITY, Store
 
 _TENSOR_TYPES = (Tensor, nn.Parameter)
+_SPARSE_PARTS = {
+    torch.sparse_coo: ("_indices", "_values"),
+    **dict.fromkeys((torch.sparse_csr, torch.sparse_bsr), ("crow_indices", "col_indices", "values")),
+    **dict.fromkeys((torch.sparse_csc, torch.sparse_bsc), ("ccol_indices", "row_indices", "values")),
+}
 
 
 class SavedTensorHooks:
@@ -92,7 +97,7 @@ class SavedTensorHooks:
             self._store.place(stand, tensor, entry, verdict, "nothing" if verdict.bit is None else "mask-1")
             return stand
         if verdict.versioned:
-            handle = entry.find(Geometry.of(tensor), exact=verdict.spec is None)
+            handle = entry.find(Geometry.of(tensor), verdict.least_bits)
             if handle is not None:
                 return self._store.share(handle, verdict)
             handle = self._derive(tensor, entry, verdict)
@@ -106,15 +111,17 @@ class SavedTensorHooks:
         note = self._tracker.note
         if note is not None and verdict.operation in SAVES_OUTPUT and verdict.is_output:
             self._deriver.after(note, tensor)
-        derived = self._deriver.derive(entry, tensor._version, attention=verdict.kind == "attention")
-        handle = None if derived is None else entry.find(Geometry.of(tensor), exact=False)
+        attention = verdict.kind == "attention"
+        derived = self._deriver.derive(entry, tensor._version, verdict.least_bits, attention)
+        handle = None if derived is None else entry.find(Geometry.of(tensor), verdict.least_bits)
         if derived is not None and handle is not None:
             self._store.place(derived, tensor, entry, verdict, "derived")
         return handle
 
     def _copy(self, tensor: Tensor) -> Handle:
-        verdict = Verdict(self._tracker.name(), "source", "statistic", IDENTITY)
-        return self._store.put(tensor, self._store.shared[tensor.untyped_storage()], verdict)
+        entry = self._store.shared[tensor.untyped_storage()]
+        handle = entry.find(Geometry.of(tensor), EXACT_BITS, by_value=True)
+        return handle or self._store.put(tensor, entry, Verdict(self._tracker.name(), "source", "copy", IDENTITY))
 
     def _keep_opaque(self, tensor: Tensor) -> Handle:
         operation = self._tracker.name() or "custom"
@@ -126,13 +133,14 @@ def _storage(tensor: Tensor) -> UntypedStorage | None:
     """Return the storage of a plain dense tensor, and ``None`` for everything else."""
     if type(tensor) not in _TENSOR_TYPES or tensor.layout is not torch.strided:
         return None
-    if tensor.is_nested or tensor.is_quantized:
-        return None
+    if tensor.is_nested or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
+        return None  # a conjugate view has the storage of its base, and other values
     return tensor.untyped_storage()
 
 
 def _opaque_bytes(tensor: Tensor) -> int:
     """Bytes of a tensor without a storage of its own: those of its elements."""
-    if tensor.layout is torch.sparse_coo:
-        return tensor._indices().nbytes + tensor._values().nbytes
+    parts = _SPARSE_PARTS.get(tensor.layout)
+    if parts is not None:
+        return sum(getattr(tensor, part)().nbytes for part in parts)
     return tensor.numel() * tensor.element_size()

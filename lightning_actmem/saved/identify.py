@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ from lightning_actmem_kernels import CodecSpec, integer_bits
 
 from . import operation as ops
 from .borrowed import Borrowed
+from .handle import DERIVED_BITS, EXACT_BITS
 from .operation import OperationTracker
+from .reduced import UNREAD, UNREAD_DEVICES, is_piecewise, one_bit
 from .scope import Frame
 
 FLOATS = frozenset([torch.float32, torch.bfloat16, torch.float16])
@@ -60,8 +62,7 @@ class Codecs:
         return self.general is not None and self.general.codec == "identity"
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """How one saved tensor is stored.
 
     Args:
@@ -70,7 +71,8 @@ class Verdict:
         kind: ``"packed"``, or why it stays exact.
         spec: The codec, or ``None`` to keep the tensor by reference.
         versioned: Whether an in-place change before backward is an error, as in plain autograd.
-        derivable: Whether something computed from rounded tensors may take its place.
+        derivable: Whether something computed from other tensors may take its place.
+        least_bits: At how many bits anything that takes its place must have been stored; 32 asks for the tensor itself.
         is_output: Whether it is the operation's own output.
         levels: The two values that a stand-in takes, for a tensor of which backward reads one bit or nothing.
         bit: That bit, as a function of the tensor; with ``levels`` absent, the exact sign to keep beside a derivation.
@@ -82,6 +84,7 @@ class Verdict:
     spec: CodecSpec | None = None
     versioned: bool = True
     derivable: bool = False
+    least_bits: int = EXACT_BITS
     is_output: bool = False
     levels: tuple[float, float] | None = None
     bit: Callable[[Tensor], Tensor] | None = None
@@ -123,14 +126,14 @@ class Identifier:
         if is_weight(tensor):
             return Verdict(operation, "weight", "weight")
         role, source = _role(tensor, storage_id, self._call)
-        if isinstance(source, nn.Parameter) or (operation in ops.LINEAR and role in ("weight", "operand")):
-            return Verdict(operation, role, "weight")  # a cast of a frozen weight, or a weight computed from others
+        if isinstance(source, nn.Parameter):
+            return Verdict(operation, role, "weight")  # a cast of a frozen weight
+        if operation in ops.LINEAR and role in ("weight", "operand"):
+            return Verdict(operation, role, "exact")  # a weight computed from others
         if operation in ops.FILLED_LATER:
             return Verdict(operation, role, "unsupported", versioned=False)
         if self._codecs.copies:
             return Verdict(operation, role, "packed", self._codecs.general)
-        if tensor.is_conj() or tensor.is_neg():
-            return Verdict(operation, role, "unsupported")
         if self._exact and self._is_excluded(frame.layer, operation):
             return Verdict(operation, role, "excluded")
         if tensor.numel() < self._min_elements:
@@ -144,36 +147,43 @@ class Identifier:
     def _float(self, tensor: Tensor, operation: str, role: str, source: Tensor | None, frame: Frame) -> Verdict:
         codecs = self._codecs
         if frame.is_loss or ops.is_loss(operation):
-            return Verdict(operation, role, "loss", codecs.loss)
+            return Verdict(operation, role, "loss", codecs.loss, least_bits=_bits(codecs.loss))
         if operation in ops.DROPOUTS and source is None and not tensor.requires_grad:
             return Verdict(operation, role, "packed", TWO_VALUED)
         if operation in ops.ATTENTION:
-            is_probability = role == "result"  # otherwise an input of the fused kernels
-            spec = None if is_probability else codecs.attention
-            return Verdict(operation, role, "attention", spec, derivable=True, is_output=is_probability)
-        if (reduced := self._reduced(operation, role)) is not None:
+            return self._attention(operation, role)
+        if (reduced := self._reduced(tensor, operation, role)) is not None:
             return reduced
-        if not ops.bears_rounding(operation, self._call.arguments):
+        if is_piecewise(operation) or not ops.bears_rounding(operation, self._call.arguments):
             return Verdict(operation, role, "exact")
         return self._activation(tensor, operation, role, source)
 
-    def _reduced(self, operation: str, role: str) -> Verdict | None:
+    def _attention(self, operation: str, role: str) -> Verdict:
+        """Return the verdict on an input of a fused kernel that is recomputed, or on the probabilities of a softmax."""
+        spec = self._codecs.attention
+        least_bits = min(_bits(spec), DERIVED_BITS)
+        if operation != "scaled_dot_product_attention":
+            return Verdict(operation, role, "attention", derivable=True, least_bits=least_bits, is_output=True)
+        if not ops.running_checkpoint():  # not recomputed: what the kernel saved belongs together
+            return Verdict(operation, role, "attention")
+        return Verdict(operation, role, "attention", spec, derivable=True, least_bits=least_bits)
+
+    def _reduced(self, tensor: Tensor, operation: str, role: str) -> Verdict | None:
         """Return the verdict on a tensor of which backward reads one bit per element, or nothing."""
         if not self._codecs.smallest:
             return None
-        if role in ops.UNREAD.get(operation, ()):
+        if role in UNREAD.get(operation, ()) and tensor.device.type in UNREAD_DEVICES:
             return Verdict(operation, role, "unread", levels=(0.0, 0.0))
-        if operation in ops.ONE_BIT:
-            levels, bit = ops.ONE_BIT[operation](*self._call.arguments, **self._call.keywords)
-            return Verdict(operation, role, "packed", levels=levels, bit=bit)
-        return None
+        found = one_bit(operation, self._call.arguments, self._call.keywords)
+        return None if found is None else Verdict(operation, role, "packed", levels=found[0], bit=found[1])
 
     def _activation(self, tensor: Tensor, operation: str, role: str, source: Tensor | None) -> Verdict:
         codecs = self._codecs
         arguments = [argument for _, argument in self._call.tensor_arguments()]
         if operation in ops.MATMUL and not any(map(self._is_weight, arguments)):
             # A product of two activations: attention scores, or their sum over the values.
-            return Verdict(operation, role, "attention", codecs.attention, derivable=True)
+            least_bits = min(_bits(codecs.attention), DERIVED_BITS)
+            return Verdict(operation, role, "attention", codecs.attention, derivable=True, least_bits=least_bits)
         largest = max((argument.numel() for argument in arguments), default=0)
         if operation not in _PRODUCTS_WITH_WEIGHTS and tensor.numel() * _SMALL_FACTOR <= largest:
             return Verdict(operation, role, "statistic")
@@ -186,10 +196,11 @@ class Identifier:
                 return Verdict(operation, role, "constant")
         elif tensor.is_leaf:
             return Verdict(operation, role, "input")  # differentiated by the user, who holds it
-        kind = "exact" if codecs.general is None else "packed"
+        kind, least_bits = ("exact", DERIVED_BITS) if codecs.general is None else ("packed", 1)
+        verdict = Verdict(operation, role, kind, codecs.general, derivable=True, least_bits=least_bits)
         if operation in ops.RELU:
-            return Verdict(operation, role, kind, codecs.relu, derivable=True, is_output=True, bit=_is_positive)
-        return Verdict(operation, role, kind, codecs.general, derivable=True, is_output=role == "result")
+            return verdict._replace(spec=codecs.relu, is_output=True, bit=_is_positive)
+        return verdict._replace(is_output=role == "result")
 
     def _is_excluded(self, layer: str, operation: str) -> bool:
         known = self._excluded.get((layer, operation))
@@ -204,6 +215,10 @@ class Identifier:
 
     def _is_weight(self, tensor: Tensor) -> bool:
         return is_weight(tensor) or self.borrowed.owns(tensor)
+
+
+def _bits(spec: CodecSpec | None) -> int:
+    return EXACT_BITS if spec is None else spec.bits
 
 
 def _is_positive(output: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch.utils.checkpoint
 from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -25,8 +26,7 @@ MATMUL = frozenset(
 )
 RELU = frozenset(["relu"])
 ACTIVATIONS = frozenset(
-    "gelu silu mish softplus tanh sigmoid elu selu celu hardswish hardsigmoid hardtanh relu6 leaky_relu prelu "
-    "logsigmoid glu softsign tanhshrink threshold clamp clamp_min clamp_max".split()
+    "gelu silu mish softplus tanh sigmoid elu selu celu hardswish logsigmoid glu softsign tanhshrink".split()
 )
 NORMS = frozenset("batch_norm layer_norm group_norm instance_norm rms_norm local_response_norm".split())
 POOLS = frozenset(
@@ -35,10 +35,9 @@ POOLS = frozenset(
     for d in (1, 2, 3)
     for suffix in ("", "_with_indices")
 )
-PRODUCTS = frozenset("mul multiply addcmul lerp exp exp2 expm1 sin cos abs square erf sinc".split())
+PRODUCTS = frozenset("mul multiply addcmul lerp exp exp2 expm1 sin cos square erf sinc".split())
 POWERS = frozenset(["pow", "float_power"])
 DROPOUTS = frozenset("dropout dropout1d dropout2d dropout3d feature_dropout native_dropout".split())
-INTERPOLATIONS = frozenset("grid_sample affine_grid interpolate upsample pad".split())
 PACKABLE = (
     LINEAR | MATMUL | RELU | ACTIVATIONS | NORMS | POOLS | PRODUCTS | POWERS | DROPOUTS | frozenset(["checkpoint"])
 )
@@ -49,16 +48,12 @@ LOSS = frozenset(
 )
 #: Fill their saved noise only after saving it: a copy taken when it is saved holds garbage (pytorch issue 193671).
 FILLED_LATER = frozenset(["rrelu", "rrelu_with_noise"])
-#: Arguments that are saved for their shape alone: backward never reads a value of them.
-UNREAD = {
-    **dict.fromkeys(POOLS, frozenset(["input"])),
-    "gather": frozenset(["input"]),
-}
 #: Reduce along one dimension and save positions in it.
 POSITIONS = frozenset("max min topk sort argsort median nanmedian kthvalue mode cummax cummin amax amin".split())
 
 _ARGUMENTS = {
     **dict.fromkeys(LINEAR, ("input", "weight", "bias")),
+    "bilinear": ("input1", "input2", "weight", "bias"),
     **dict.fromkeys(("layer_norm", "rms_norm"), ("input", "normalized_shape", "weight", "bias")),
     "batch_norm": ("input", "running_mean", "running_var", "weight", "bias"),
     "instance_norm": ("input", "running_mean", "running_var", "weight", "bias"),
@@ -70,40 +65,8 @@ _ARGUMENTS = {
 _DEFAULT_ARGUMENTS = ("input", "other")
 # Python functions that hide other operations: the tracker stays on inside them.
 _COMPOSITES = frozenset(["multi_head_attention_forward"])
-_CHECKPOINT_FILE = torch.utils.checkpoint.__file__
-
-
-Levels = tuple[tuple[float, float], Callable[[Tensor], Tensor]]
-
-
-def _inside(low: float, high: float) -> Levels:
-    return (math.inf, low / 2 + high / 2), lambda x: (x > low) & (x < high)
-
-
-def _hardtanh(input: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Levels:
-    return _inside(min_val, max_val)
-
-
-def _relu6(input: Any, inplace: bool = False) -> Levels:
-    return _inside(0.0, 6.0)
-
-
-def _hardsigmoid(input: Any, inplace: bool = False) -> Levels:
-    return _inside(-3.0, 3.0)
-
-
-def _leaky_relu(input: Any, negative_slope: float = 0.01, inplace: bool = False) -> Levels:
-    return (-1.0, 1.0), lambda x: x > 0
-
-
-#: Operations whose backward reads one bit of what they saved: called like the operation they give the stand-in values
-#: where the bit is off and on, and the bit.
-ONE_BIT: dict[str, Callable[..., Levels]] = {
-    "hardtanh": _hardtanh,
-    "relu6": _relu6,
-    "hardsigmoid": _hardsigmoid,
-    "leaky_relu": _leaky_relu,
-}
+# Frames between whoever calls an autograd function and the question who that is.
+_BETWEEN = ("lightning_actmem", "torch.autograd.function")
 
 
 class Observer(Protocol):
@@ -173,15 +136,11 @@ class OperationTracker(TorchFunctionMode):
 
 
 def running_checkpoint() -> bool:
-    """Whether the pack hook that calls this was reached from ``torch.utils.checkpoint`` saving its inputs."""
-    frame = sys._getframe(1)
-    for _ in range(4):
-        if frame.f_code.co_filename == _CHECKPOINT_FILE:
-            return True
-        if frame.f_back is None:
-            return False
+    """Whether the tensor that autograd is saving is an input that ``torch.utils.checkpoint`` saves."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(_BETWEEN):
         frame = frame.f_back
-    return False
+    return frame is not None and frame.f_globals.get("__name__") == torch.utils.checkpoint.__name__
 
 
 def is_loss(operation: str) -> bool:
@@ -226,7 +185,12 @@ def _named_tensors(name: str, argument: Any) -> Iterator[tuple[str, Tensor]]:
 
 @functools.lru_cache(maxsize=4096)
 def plain_name(function: Callable[..., Any]) -> str:
-    """Return a torch function's name without marks (``add_``, ``__add__`` and ``__iadd__`` are ``add``)."""
+    """Return a torch function's name without marks (``add_``, ``__add__`` and ``__iadd__`` are ``add``).
+
+    The name of a function that is not torch's own is ``""``.
+    """
+    if not _is_of_torch(function):
+        return ""
     name: str = getattr(function, "__name__", type(function).__name__)
     if name.startswith("__"):
         name = name.strip("_")
@@ -234,6 +198,18 @@ def plain_name(function: Callable[..., Any]) -> str:
             name = name[1:]  # __imul__, __rmul__; __rpow__ is another function than pow
     name = name.rstrip("_").removeprefix("_")
     return "scaled_dot_product_attention" if name.startswith("scaled_dot_product") else name
+
+
+def _is_of_torch(function: Callable[..., Any]) -> bool:
+    """Whether a function is torch's own: somebody else's `gather` or `add` may do and save anything."""
+    if isinstance(function, (OpOverload, OpOverloadPacket)):
+        packet = function.overloadpacket if isinstance(function, OpOverload) else function
+        return str(packet._qualified_op_name).startswith("aten::")
+    module = getattr(function, "__module__", None)
+    if module is None:  # methods of Tensor that are written in C
+        owner = getattr(function, "__objclass__", None)
+        return owner is not None and str(owner.__module__).partition(".")[0] == "torch"
+    return str(module).partition(".")[0] == "torch"
 
 
 @functools.cache

@@ -4,45 +4,41 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import ReferenceType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .geometry import Geometry
 
 if TYPE_CHECKING:
-    from .handle import Handle
     from .share import StoredStorage
 
 _INPLACE_OPERATORS = frozenset("__iadd__ __isub__ __imul__ __itruediv__ __ipow__".split())
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """An argument that has to be stored, or derivable, for the result to be derivable.
 
     Args:
         storage: Its storage.
         geometry: What of it, and when.
-        small: The argument itself where it is so small that it can be stored for the purpose.
+        small: The argument itself, if it is so small that it can be stored for the purpose, and still there.
     """
 
     storage: StoredStorage
     geometry: Geometry
-    small: Tensor | None = None
+    small: ReferenceType[Tensor] | None = None
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """The place of a tensor among a recipe's arguments."""
 
-    index: int
+    number: int
 
 
-@dataclass(frozen=True)
-class Autocast:
+class Autocast(NamedTuple):
     """The autocast state that an operation ran under."""
 
     device_type: str
@@ -50,20 +46,20 @@ class Autocast:
     dtype: torch.dtype
 
     @staticmethod
-    def now(device_type: str) -> Autocast:
-        """The state for that type of device."""
+    def now(device_type: str) -> Autocast | None:
+        """The state for that type of device, or ``None`` where there is no autocast."""
+        if device_type not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device_type):
+            return None
         return Autocast(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(NamedTuple):
     """An operation and its arguments, with slots where the tensors were.
 
     Args:
         function: What to run: the torch function itself, or one that gives the same result from what it saved.
         arguments: Positional arguments; a `Slot` stands for a tensor.
         keywords: Keyword arguments, likewise.
-        inputs: What goes into the slots: an argument to be found, a parameter, or a handle.
         autocast: The autocast state it ran under.
         inplace: Whether it changes its first argument.
         product: Whether it multiplies matrices, which is not cheap: run again for attention only.
@@ -72,7 +68,6 @@ class Recipe:
     function: Callable[..., Any]
     arguments: Any
     keywords: Any
-    inputs: tuple[Source | nn.Parameter | Handle, ...]
     autocast: Autocast
     inplace: bool = False
     product: bool = False
@@ -128,7 +123,7 @@ def _slotted(value: Any, numbers: Iterator[int]) -> Any:
 
 def _fill(value: Any, tensors: list[Tensor]) -> Any:
     if isinstance(value, Slot):
-        return tensors[value.index]
+        return tensors[value.number]
     if isinstance(value, (list, tuple)):
         items = [_fill(item, tensors) for item in value]
         return tuple(items) if isinstance(value, tuple) else items

@@ -85,6 +85,8 @@ class LayerScope:
         skip = "\0"
         self._calls = []
         for layer, module in named:
+            if isinstance(module, nn.DataParallel):
+                skip = f"{layer}." if layer else ""  # its replicas are copies that would run the original's forward
             if not layer or layer.startswith(skip) or type(module).__name__ == "RecursiveScriptModule":
                 continue
             if is_compiled(module):

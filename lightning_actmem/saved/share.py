@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import ReferenceType, ref
 
 import torch
@@ -22,8 +21,7 @@ if TYPE_CHECKING:
     from .derived import Derived
 
 
-@dataclass(frozen=True)
-class _Segment:
+class _Segment(NamedTuple):
     """A payload of the elements from ``start`` to ``stop`` of a storage, as they were at ``version``."""
 
     version: int
@@ -33,8 +31,7 @@ class _Segment:
     payload: ReferenceType[AnyPayload]
 
 
-@dataclass(frozen=True)
-class _Compact:
+class _Compact(NamedTuple):
     """A payload of one strided view with gaps."""
 
     geometry: Geometry
@@ -82,25 +79,27 @@ class StoredStorage:
         """Note that a handle stands for a contiguous copy of a view, in another shape."""
         self._copies.append((geometry, ref(handle)))
 
-    def find_values(self, geometry: Geometry) -> Handle | None:
-        """Return a handle of a view's values, rounded or not, whatever its strides."""
-        handle = self.find(geometry, exact=False)
+    def find_values(self, geometry: Geometry, least_bits: int) -> Handle | None:
+        """Return a handle of a view's values in at least this quality, whatever its strides."""
+        handle = self.find(geometry, least_bits)
         for known, copy in self._copies:
-            if handle is None and known == geometry and (original := copy()) is not None:
+            original = copy()
+            if handle is None and known == geometry and original is not None and original.bits >= least_bits:
                 handle = Reshaped(original, geometry.size)
         return handle
 
-    def find(self, geometry: Geometry, exact: bool) -> Handle | None:
+    def find(self, geometry: Geometry, least_bits: int, by_value: bool = False) -> Handle | None:
         """Return a handle of a view of the storage from what is stored already.
 
         Args:
             geometry: The view.
-            exact: Whether a rounded copy will not do.
+            least_bits: Quality that the handle must have at least (see `AnyPayload`).
+            by_value: Whether a reference to the tensor itself will not do.
 
         Returns:
             The handle, or ``None`` when nothing stored yields the view.
         """
-        kept = None if self._kept is None else self._kept()
+        kept = None if self._kept is None or by_value else self._kept()
         if kept is not None and (handle := kept.view(geometry)) is not None:
             return handle
         version, dtype, start = geometry.version, geometry.dtype, geometry.start
@@ -108,12 +107,12 @@ class StoredStorage:
         for segment in self._segments:
             payload = segment.payload()
             inside = segment.start <= start and stop <= segment.stop
-            good = payload is not None and (payload.lossless or not exact)
+            good = payload is not None and payload.bits >= least_bits
             if payload is not None and good and inside and (segment.version, segment.dtype) == (version, dtype):
                 return Packed(payload, geometry.size, geometry.stride, start - segment.start)
         for compact in self._compacts:
             payload = compact.payload()
-            if payload is not None and compact.geometry == geometry and (payload.lossless or not exact):
+            if payload is not None and compact.geometry == geometry and payload.bits >= least_bits:
                 return PackedCompact(payload, compact.layout)
         return None
 

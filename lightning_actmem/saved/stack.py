@@ -10,8 +10,6 @@ import torch
 import torch.utils.checkpoint
 from torch.overrides import TorchFunctionMode
 
-from ..errors import ActMemError
-
 _autograd = torch._C._autograd
 
 
@@ -42,21 +40,23 @@ class HookStack:
     def suspended(self) -> Iterator[None]:
         """Have the hooks off the stack inside this context.
 
-        Raises:
-            ActMemError: If other hooks lie on top of them.
+        Under other hooks (a checkpoint's) they do not run anyway and stay where they are.
         """
-        top = _top()
-        if top is None or top[0] is not self._pair[0]:
-            raise ActMemError(
-                "ActMem can only be paused while its own saved-tensor hooks are the innermost ones; others were "
-                f"entered after it: {top}. Call paused() outside of them."
-            )
+        if not self.is_innermost():
+            with _mode_off(self._tracker):
+                yield
+            return
         _autograd._pop_saved_tensors_default_hooks()
         try:
             with _mode_off(self._tracker):
                 yield
         finally:
             _autograd._push_saved_tensors_default_hooks(*self._pair)
+
+    def is_innermost(self) -> bool:
+        """Whether it is these hooks that autograd calls now."""
+        top = _top()
+        return top is not None and top[0] is self._pair[0]
 
     def _remove(self) -> None:
         """Take our pair off, also from under hooks that somebody entered inside and has not left yet."""

@@ -64,8 +64,7 @@ class Store:
         self._borrowed_seen.add(storage._cdata)
         self._book(verdict, "exact", new_bytes, new_bytes)
         handle = Kept(tensor)
-        if verdict.kind != "weight":
-            self.shared[storage].add_kept(handle, None)  # something may be derived from it
+        self.shared[storage].add_kept(handle, None)  # something may be derived from it
         return handle
 
     def keep_opaque(self, tensor: Tensor, verdict: Verdict, nbytes: int) -> Handle:
@@ -127,7 +126,9 @@ class Store:
         self, tensor: Tensor, entry: StoredStorage, verdict: Verdict, spec: CodecSpec, layout: Layout
     ) -> Handle:
         site = self.site(verdict)
-        raw, raw_bytes = self._raw_charge(tensor.untyped_storage(), entry)
+        raw, raw_bytes = None, 0
+        if verdict.kind != "copy":  # made for a recipe: plain autograd would not keep it
+            raw, raw_bytes = self._raw_charge(tensor.untyped_storage(), entry)
         payload, saved_bytes = self._payload(tensor, spec, layout, site, raw)
         codec = "exact" if spec.codec == "identity" else f"{spec.codec}-{spec.bits}"
         self._ledger.record(site, verdict.kind, codec, raw_bytes, saved_bytes, raw_bytes // tensor.element_size())

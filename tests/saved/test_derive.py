@@ -316,7 +316,7 @@ def test_the_reach_of_a_recipe_is_limited() -> None:
             h = F.gelu(h)
         loss = h.sum()
     stored = [row for row in engine.ledger.sites.values() if row.codec == "uniform-4"]
-    assert len(stored) == 3  # the first, and one after every 16 operations
+    assert len(stored) == 5  # the first, and one after every 8 operations
     loss.backward()
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_actmem.saved.geometry import Geometry, extent
-from lightning_actmem.saved.handle import DecodeCache, Kept, Payload
+from lightning_actmem.saved.handle import EXACT_BITS, DecodeCache, Kept, Payload
 from lightning_actmem.saved.ledger import Charge, Ledger
 from lightning_actmem.saved.share import SharedStorages
 from lightning_actmem_kernels import CodecSpec, Layout, encode
@@ -28,8 +28,8 @@ def store(shared: SharedStorages, tensor: Tensor, spec: CodecSpec = IDENTITY) ->
     return shared[tensor.untyped_storage()].add(Geometry.of(tensor), layout, payload)
 
 
-def find(shared: SharedStorages, tensor: Tensor, exact: bool = False) -> Any:
-    return shared[tensor.untyped_storage()].find(Geometry.of(tensor), exact)
+def find(shared: SharedStorages, tensor: Tensor, least_bits: int = 1) -> Any:
+    return shared[tensor.untyped_storage()].find(Geometry.of(tensor), least_bits)
 
 
 def views(base: Tensor) -> st.SearchStrategy[Tensor]:
@@ -105,8 +105,8 @@ def test_a_rounded_copy_does_not_serve_an_exact_request() -> None:
     base = torch.randn(512)
     shared = SharedStorages()
     handle = store(shared, base, UNIFORM)
-    assert find(shared, base, exact=True) is None
-    assert find(shared, base, exact=False).payload is handle.payload
+    assert find(shared, base, least_bits=EXACT_BITS) is None
+    assert find(shared, base, least_bits=4).payload is handle.payload
 
 
 def test_a_storage_kept_alive_serves_every_view_by_reference() -> None:
@@ -115,7 +115,7 @@ def test_a_storage_kept_alive_serves_every_view_by_reference() -> None:
     charge = Charge(Ledger(), saved_bytes=base.nbytes)
     kept = Kept(base, charges=(charge,))
     shared[base.untyped_storage()].add_kept(kept, charge)
-    found = find(shared, base[3:9], exact=True)
+    found = find(shared, base[3:9], least_bits=EXACT_BITS)
     assert isinstance(found, Kept)
     assert found.restore().data_ptr() == base[3:].data_ptr()
     base.add_(1)
@@ -135,11 +135,11 @@ def test_a_contiguous_copy_serves_for_the_values_of_the_original() -> None:
     handle = store(shared, copy)
     entry = shared[base.untyped_storage()]
     entry.add_copy(Geometry.of(base), handle)
-    found = entry.find_values(Geometry.of(base))
+    found = entry.find_values(Geometry.of(base), EXACT_BITS)
     assert found is not None
     assert torch.equal(found.restore(), base)
     assert find(shared, base) is None
-    assert entry.find_values(Geometry.of(base[0])) is None
+    assert entry.find_values(Geometry.of(base[0]), 1) is None
 
 
 def test_an_address_used_again_is_another_storage() -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_actmem import ActMemEngine
-from lightning_actmem.saved.operation import ONE_BIT, UNREAD
+from lightning_actmem.saved.reduced import ONE_BIT, UNREAD
 
 UNREAD_CASES: dict[str, Callable[[Tensor], Tensor]] = {
     **{
@@ -23,10 +23,19 @@ UNREAD_CASES: dict[str, Callable[[Tensor], Tensor]] = {
 ONE_BIT_CASES: dict[str, Callable[[Tensor], Tensor]] = {
     "hardtanh": lambda x: F.hardtanh(x, -0.3, 0.9),
     "hardtanh in place": lambda x: F.hardtanh(x * 1, inplace=True),
+    "hardtanh from above": lambda x: F.hardtanh(x, 0.0, float("inf")),
+    "hardtanh from below": lambda x: F.hardtanh(x, -float("inf"), 0.9),
     "relu6": lambda x: F.relu6(4 * x),
     "hardsigmoid": lambda x: F.hardsigmoid(4 * x),
     "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
     "leaky_relu in place": lambda x: F.leaky_relu_(x * 1, 0.2),
+    "threshold": lambda x: F.threshold(x, -0.3, 7.0),
+    "clamp": lambda x: x.clamp(-0.3, 0.9),
+    "clamp from above": lambda x: torch.clamp(x, max=0.9),
+    "clamp from below": lambda x: torch.clamp(x, min=-0.3),
+    "clip": lambda x: x.clip(-0.3, 0.9),
+    "clamp_min": lambda x: x.clamp_min(-0.3),
+    "clamp_max": lambda x: torch.clamp_max(x, 0.9),
 }
 
 
@@ -85,3 +94,21 @@ def test_one_bit_agrees_at_the_edges(name: str, value: float) -> None:
         loss = ONE_BIT_CASES[name](x * 1).sum()
     expected = torch.autograd.grad(ONE_BIT_CASES[name](x * 1).sum(), x)[0]
     assert torch.equal(torch.autograd.grad(loss, x)[0].nan_to_num(7), expected.nan_to_num(7))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        lambda x: F.hardtanh(x, 0.999, 1.005),
+        lambda x: x.clamp(torch.full((32,), -0.5), torch.full((32,), 0.5)),
+        lambda x: F.prelu(x, torch.full((1,), 0.3, dtype=x.dtype)),
+        lambda x: x.abs(),
+    ],
+    ids=["narrow", "tensor bounds", "prelu", "abs"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_cannot_be_told_by_one_bit_stays_exact(case: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    x = torch.randn(32, 32).to(dtype).requires_grad_()
+    with ActMemEngine(bits=2, min_elements=0).compress():
+        loss = case(x * 1).sum()
+    assert torch.equal(torch.autograd.grad(loss, x)[0], torch.autograd.grad(case(x * 1).sum(), x)[0])
