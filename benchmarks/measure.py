@@ -1,0 +1,90 @@
+"""Peak memory and time of a step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from .methods import Method
+from .models import Workload
+
+WARMUP_ROUNDS = 2
+
+
+def step(work: Workload, method: Method) -> None:
+    """Run forward and backward pass. Gradients add up, so that their memory is there from the first step on."""
+    with method.applied(work):
+        loss = work.loss()
+    loss.backward()
+
+
+def peak_bytes(work: Workload, method: Method) -> int:
+    """Return the largest number of bytes allocated in a step above what is there before it.
+
+    On a GPU by the allocator's own count, on the CPU as the running sum of all allocations and releases that the
+    profiler sees. Run a step before: the gradients have to be there.
+
+    Args:
+        work: What is measured.
+        method: How it is stored.
+
+    Returns:
+        Bytes on the model's device.
+    """
+    if work.device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(work, method)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        step(work, method)
+    changes = sorted(
+        (event.start_ns(), event.nbytes())
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]" and event.device_type() == DeviceType.CPU
+    )
+    return max(accumulate(nbytes for _, nbytes in changes), default=0)
+
+
+def step_seconds(work: Workload, method: Method) -> float:
+    """Return the time of one step."""
+    _synchronize(work)
+    start = time.perf_counter()
+    step(work, method)
+    _synchronize(work)
+    return time.perf_counter() - start
+
+
+def interleaved_seconds(work: Workload, methods: Sequence[Method], repeats: int) -> list[list[float]]:
+    """Time the methods in turn (A B C A B C ...), so that a slow moment of the machine meets all of them.
+
+    Args:
+        work: What is measured.
+        methods: The methods.
+        repeats: Steps per method after two rounds of warming up.
+
+    Returns:
+        For every method its step times in seconds.
+    """
+    rounds = [[step_seconds(work, method) for method in methods] for _ in range(WARMUP_ROUNDS + repeats)]
+    return [list(times) for times in zip(*rounds[WARMUP_ROUNDS:], strict=True)]
+
+
+def quantiles_20_50_80(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the 20 %, 50 % and 80 % quantiles, interpolated."""
+    low, median, high = (
+        torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    )
+    return low, median, high
+
+
+def _synchronize(work: Workload) -> None:
+    if work.device.type == "cuda":
+        torch.cuda.synchronize()
