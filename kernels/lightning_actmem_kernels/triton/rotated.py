@@ -148,10 +148,23 @@ def _power_of_two(exponent: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _code(
+def _above(above: tl.tensor, code: tl.tensor, level: tl.tensor, HIGHER: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    return tl.where(above, code + 1, code), tl.where(above, HIGHER, level)
+
+
+@triton.jit
+def _quantise(
     z: tl.tensor,
     mean_square: tl.tensor,
     BITS: tl.constexpr,
+    L0: tl.constexpr,
+    L1: tl.constexpr,
+    L2: tl.constexpr,
+    L3: tl.constexpr,
+    L4: tl.constexpr,
+    L5: tl.constexpr,
+    L6: tl.constexpr,
+    L7: tl.constexpr,
     T0: tl.constexpr,
     T1: tl.constexpr,
     T2: tl.constexpr,
@@ -159,24 +172,23 @@ def _code(
     T4: tl.constexpr,
     T5: tl.constexpr,
     T6: tl.constexpr,
-) -> tl.tensor:
-    # A binary search: as many comparisons as bits.
+) -> tuple[tl.tensor, tl.tensor]:
+    """Codes, and |z| times the magnitude of their levels."""
     square = z * z
-    index = ((z.to(tl.int32, bitcast=True) >> 31) & 1) << (BITS - 1)
-    if BITS == 2:
-        index += (square > mean_square * T0).to(tl.int32)
-    elif BITS == 3:
-        bit1 = square > mean_square * T1
-        bit0 = square > tl.where(bit1, mean_square * T2, mean_square * T0)
-        index += bit1.to(tl.int32) * 2 + bit0.to(tl.int32)
-    elif BITS == 4:
-        bit2 = square > mean_square * T3
-        bit1 = square > tl.where(bit2, mean_square * T5, mean_square * T1)
-        low = tl.where(bit1, mean_square * T2, mean_square * T0)
-        high = tl.where(bit1, mean_square * T6, mean_square * T4)
-        bit0 = square > tl.where(bit2, high, low)
-        index += bit2.to(tl.int32) * 4 + bit1.to(tl.int32) * 2 + bit0.to(tl.int32)
-    return index
+    code = ((z.to(tl.int32, bitcast=True) >> 31) & 1) << (BITS - 1)
+    level = tl.zeros(z.shape, tl.float32) + L0
+    # One threshold after another: a binary search takes as many instructions and keeps more of them in registers.
+    if BITS >= 2:
+        code, level = _above(square > mean_square * T0, code, level, L1)
+    if BITS >= 3:
+        code, level = _above(square > mean_square * T1, code, level, L2)
+        code, level = _above(square > mean_square * T2, code, level, L3)
+    if BITS >= 4:
+        code, level = _above(square > mean_square * T3, code, level, L4)
+        code, level = _above(square > mean_square * T4, code, level, L5)
+        code, level = _above(square > mean_square * T5, code, level, L6)
+        code, level = _above(square > mean_square * T6, code, level, L7)
+    return code, tl.abs(z) * level
 
 
 @triton.jit
@@ -301,26 +313,15 @@ def _encode(
     )
     energy = _sum(x0 * x0, x1 * x1, x2 * x2, x3 * x3, x4 * x4, x5 * x5, x6 * x6, x7 * x7, ROWS, C)
     mean_square = (energy * (1.0 / GROUP_SIZE))[:, None]
-    q0 = _code(x0, mean_square, BITS, T0, T1, T2, T3, T4, T5, T6)
-    q1 = _code(x1, mean_square, BITS, T0, T1, T2, T3, T4, T5, T6)
-    q2 = _code(x2, mean_square, BITS, T0, T1, T2, T3, T4, T5, T6)
-    q3 = _code(x3, mean_square, BITS, T0, T1, T2, T3, T4, T5, T6)
-    q4 = _code(x4, mean_square, BITS, T0, T1, T2, T3, T4, T5, T6)
-    q5 = _code(x5, mean_square, BITS, T0, T1, T2, T3, T4, T5, T6)
-    q6 = _code(x6, mean_square, BITS, T0, T1, T2, T3, T4, T5, T6)
-    q7 = _code(x7, mean_square, BITS, T0, T1, T2, T3, T4, T5, T6)
-    inner = _sum(
-        tl.abs(x0) * _level(q0, BITS, L0, L1, L2, L3, L4, L5, L6, L7),
-        tl.abs(x1) * _level(q1, BITS, L0, L1, L2, L3, L4, L5, L6, L7),
-        tl.abs(x2) * _level(q2, BITS, L0, L1, L2, L3, L4, L5, L6, L7),
-        tl.abs(x3) * _level(q3, BITS, L0, L1, L2, L3, L4, L5, L6, L7),
-        tl.abs(x4) * _level(q4, BITS, L0, L1, L2, L3, L4, L5, L6, L7),
-        tl.abs(x5) * _level(q5, BITS, L0, L1, L2, L3, L4, L5, L6, L7),
-        tl.abs(x6) * _level(q6, BITS, L0, L1, L2, L3, L4, L5, L6, L7),
-        tl.abs(x7) * _level(q7, BITS, L0, L1, L2, L3, L4, L5, L6, L7),
-        ROWS,
-        C,
-    )
+    q0, p0 = _quantise(x0, mean_square, BITS, L0, L1, L2, L3, L4, L5, L6, L7, T0, T1, T2, T3, T4, T5, T6)
+    q4, p4 = _quantise(x4, mean_square, BITS, L0, L1, L2, L3, L4, L5, L6, L7, T0, T1, T2, T3, T4, T5, T6)
+    q2, p2 = _quantise(x2, mean_square, BITS, L0, L1, L2, L3, L4, L5, L6, L7, T0, T1, T2, T3, T4, T5, T6)
+    q6, p6 = _quantise(x6, mean_square, BITS, L0, L1, L2, L3, L4, L5, L6, L7, T0, T1, T2, T3, T4, T5, T6)
+    q1, p1 = _quantise(x1, mean_square, BITS, L0, L1, L2, L3, L4, L5, L6, L7, T0, T1, T2, T3, T4, T5, T6)
+    q5, p5 = _quantise(x5, mean_square, BITS, L0, L1, L2, L3, L4, L5, L6, L7, T0, T1, T2, T3, T4, T5, T6)
+    q3, p3 = _quantise(x3, mean_square, BITS, L0, L1, L2, L3, L4, L5, L6, L7, T0, T1, T2, T3, T4, T5, T6)
+    q7, p7 = _quantise(x7, mean_square, BITS, L0, L1, L2, L3, L4, L5, L6, L7, T0, T1, T2, T3, T4, T5, T6)
+    inner = _sum(p0, p1, p2, p3, p4, p5, p6, p7, ROWS, C)
     nonzero = inner > 0.0
     scale = tl.where(nonzero, tl.div_rn(energy, tl.where(nonzero, inner * (1.0 * GROUP_SIZE), 1.0)), 0.0)
     scale_bits = tl.where(sound, round_nearest(scale * unit) >> 16, 0x7FC0)

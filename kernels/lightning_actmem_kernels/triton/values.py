@@ -8,11 +8,13 @@ import triton
 import triton.language as tl
 
 from ..reference import bf16
+from .launch import INTERPRETED
 
 _LARGEST_STEP = tl.constexpr(bf16.LARGEST_STEP)
 _HIGH_HALF = tl.constexpr(bf16.HIGH_HALF)
 _NAN_BITS = tl.constexpr(bf16.NAN_BITS)
-_SMALLEST_NORMAL_BITS = tl.constexpr(bf16.SMALLEST_NORMAL_BITS)
+_SMALLEST_STEP_BITS = tl.constexpr(bf16.SMALLEST_STEP_BITS)
+_INTERPRETED = tl.constexpr(INTERPRETED)
 _INF_BITS = tl.constexpr(0x7F800000)
 
 
@@ -45,6 +47,17 @@ def load_groups(
 
 
 @triton.jit
+def load_repeating(
+    ptr: tl.tensor, offsets: tl.tensor, stored: tl.tensor, numel: tl.tensor, RAGGED: tl.constexpr
+) -> tl.tensor:
+    """As `load_groups`, with the last element of a ragged tensor in place of those that follow it."""
+    if RAGGED:
+        return load_float(ptr, tl.minimum(offsets, numel - 1))
+    else:
+        return load_groups(ptr, offsets, stored, numel, False)
+
+
+@triton.jit
 def store_groups(
     ptr: tl.tensor, offsets: tl.tensor, value: tl.tensor, stored: tl.tensor, numel: tl.tensor, RAGGED: tl.constexpr
 ) -> None:
@@ -65,7 +78,10 @@ def flip(x: tl.tensor, signs: tl.tensor, S: tl.constexpr) -> tl.tensor:
 @triton.jit
 def store_float(ptr: tl.tensor, offsets: tl.tensor, value: tl.tensor, mask: tl.tensor) -> None:
     """Store float32 in the dtype of the memory, rounded to nearest even; float16 saturates as in the reference."""
-    if ptr.dtype.element_ty == tl.int16:
+    if ptr.dtype.element_ty == tl.int16 and not _INTERPRETED:
+        tl.store(ptr + offsets, value.to(tl.bfloat16).to(tl.int16, bitcast=True), mask)
+    elif ptr.dtype.element_ty == tl.int16:
+        # The interpreter truncates its casts.
         bits = value.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         tl.store(ptr + offsets, tl.where(value == value, rounded, 0x7FC0).to(tl.int16), mask)
@@ -99,11 +115,11 @@ def round_nearest(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def step_bits(span: tl.tensor, finite: tl.tensor, INTERVALS: tl.constexpr) -> tl.tensor:
-    """Bits of the smallest bfloat16 step of which INTERVALS cover `span`: 0, or in [2**-126, 2**126], or NaN beyond."""
-    # Older Triton flushes denormals in div_rn. They end as 2**-126 all the same, and `inverse` meets none.
+    """Bits of the smallest bfloat16 step of which INTERVALS cover `span`: 0, or in [2**-118, 2**126], or NaN beyond."""
+    # Older Triton flushes denormals in div_rn. They end as 2**-118 all the same, and `inverse` meets none.
     step = tl.div_rn(span, 1.0 * INTERVALS)
     rounded_up = (step.to(tl.int32, bitcast=True) + 0xFFFF) & _HIGH_HALF
-    rounded_up = tl.where(span > 0.0, tl.maximum(rounded_up, _SMALLEST_NORMAL_BITS), 0)
+    rounded_up = tl.where(span > 0.0, tl.maximum(rounded_up, _SMALLEST_STEP_BITS), 0)
     return tl.where(finite & (step <= _LARGEST_STEP), rounded_up, _NAN_BITS)
 
 
