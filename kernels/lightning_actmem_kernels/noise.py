@@ -2,7 +2,7 @@
 
 Element j of group g draws one byte of the block with counter `g * (G/16) + j % (G/16)` under a 64-bit key, so any part
 of a tensor can be regenerated alone and nothing is stored. With `j // (G/16) = 2s + h` it is byte `s % 2 + 2 (s // 4)`,
-little end first, of word `2h + s % 4 // 2`: codes s and s + 4 of a column find their bytes in the two halves of one word.
+little end first, of word `2h + s % 4 // 2`: codes s and s + 4 of a column find theirs in the two halves of one word.
 Eight bits suffice: the mean rounding bias stays below 4e-6 step. Seven rounds pass TestU01's BigCrush.
 
 Random signs take 1 bit per element from a stream of their own, with counter word 2 set to 1: the sign of element j of

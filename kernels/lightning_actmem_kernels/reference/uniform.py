@@ -43,8 +43,8 @@ def encode(flat: Tensor, bits: int, group_size: int, rounding: str, key: int) ->
         x = load_groups(flat, first, last, group_size)
         grids[first:last] = _grid(x, bits)
         step, lo = _step_and_minimum(grids[first:last])
-        # The magic number leaves v in the low half of the mantissa. No clamp is needed: v exceeds the top level by at most
-        # three roundings (0.02), which the rounding to nearest takes back, so v + r < 256 * 2**bits.
+        # The magic number leaves v in the low half of the mantissa. No clamp is needed: three roundings at most take v
+        # above the top level (by 0.02), which the rounding to nearest takes back, so v + r < 256 * 2**bits.
         v = (x - lo).mul_(inverse(step).mul_(256.0)).add_(MAGIC).view(torch.int32).bitwise_and_(LOW_HALF)
         if rounding == "nearest":
             v.add_(128)

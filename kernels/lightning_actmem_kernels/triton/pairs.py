@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .values import load_word, store_word
+
 
 @triton.jit
 def _shifted(x: tl.tensor, LEFT: tl.constexpr) -> tl.tensor:
@@ -47,26 +49,45 @@ def pair_of(first: tl.tensor, second: tl.tensor, S: tl.constexpr, BITS: tl.const
 
 
 @triton.jit
-def unite(first: tl.tensor, second: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
-    """The word of 8 codes: int64 at 8 bits, else int32."""
+def store_pairs(
+    ptr: tl.tensor,
+    offsets: tl.tensor,
+    first: tl.tensor,
+    second: tl.tensor,
+    mask: tl.tensor,
+    BITS: tl.constexpr,
+    ROW: tl.constexpr,
+) -> None:
+    """Store each column's 8 codes in BITS rows of ROW bytes."""
     if BITS == 8:
-        low = (first & 0xFFFF) | (second << 16)
-        high = ((first >> 16) & 0xFFFF) | (second & -65536)
-        return (low.to(tl.int64) & 0xFFFFFFFF) | (high.to(tl.int64) << 32)
-    elif BITS == 4:
-        return first
+        # Without a word of 64 bits, which LLVM cannot take apart for Blackwell.
+        for P in tl.static_range(8):
+            register = first if P % 4 < 2 else second
+            byte = register >> (8 * (P % 2) + 16 * (P // 4))
+            tl.store(ptr + offsets + P * ROW, (byte & 0xFF).to(tl.uint8), mask)
     else:
-        return (first & 0xFFFF) | ((first >> 16) << 4 * BITS)
+        word = first
+        if BITS < 4:
+            word = (first & 0xFFFF) | ((first >> 16) << 4 * BITS)
+        store_word(ptr, offsets, word, mask, BITS, ROW)
 
 
 @triton.jit
-def divide(word: tl.tensor, BITS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """What `unite` was given."""
+def load_pairs(
+    ptr: tl.tensor, offsets: tl.tensor, BITS: tl.constexpr, ROW: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """What `store_pairs` stored."""
+    first = offsets.to(tl.int32) * 0
+    second = first
     if BITS == 8:
-        low = word.to(tl.int32)
-        high = (word >> 32).to(tl.int32)
-        return (low & 0xFFFF) | (high << 16), ((low >> 16) & 0xFFFF) | (high & -65536)
-    elif BITS == 4:
-        return word, word
+        for P in tl.static_range(8):
+            byte = tl.load(ptr + offsets + P * ROW).to(tl.int32) << (8 * (P % 2) + 16 * (P // 4))
+            if P % 4 < 2:
+                first |= byte
+            else:
+                second |= byte
     else:
-        return (word & ((1 << 4 * BITS) - 1)) | ((word >> 4 * BITS) << 16), word
+        first = load_word(ptr, offsets, BITS, ROW)
+        if BITS < 4:
+            first = (first & ((1 << 4 * BITS) - 1)) | ((first >> 4 * BITS) << 16)
+    return first, second

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..reference.chunks import group_count
 from ..reference.rotated import LEVELS, SQUARED_THRESHOLDS, TOO_LARGE_BITS
-from .launch import as_words, launch_tiles
+from .launch import launch_tiles
 from .noise import sign_bytes
-from .values import flip, load_groups, load_word, round_nearest, store_groups, store_word
+from .values import flip, groups_of_tile, load_float, load_word, round_nearest, store_float, store_word
 
 _TOO_LARGE_BITS = tl.constexpr(TOO_LARGE_BITS)
 
@@ -27,8 +27,9 @@ def encode(flat: Tensor, bits: int, group_size: int, centre: bool, key: int) -> 
     groups = group_count(flat.numel(), group_size)
     codes = torch.empty(groups, bits, group_size // 8, dtype=torch.uint8, device=flat.device)
     scales = torch.empty(groups, 1 + centre, dtype=torch.int16, device=flat.device)
-    arguments = (as_words(flat), codes, scales, flat.numel(), key)
-    launch_tiles(_encode, arguments, (bits, group_size, centre, *_tables(bits)), flat.numel(), group_size)
+    arguments = (flat, codes, scales, flat.numel(), key)
+    constants = (bits, group_size, centre, *_tables(bits))
+    launch_tiles(_encode, arguments, constants, flat.numel(), group_size, sub_blocks=8, reads_pairs=True)
     return codes, scales
 
 
@@ -36,9 +37,9 @@ def decode(codes: Tensor, scales: Tensor, bits: int, key: int, numel: int, dtype
     """As `reference.rotated.decode`."""
     group_size = 8 * codes.shape[2]
     flat = torch.empty(numel, dtype=dtype, device=codes.device)
-    arguments = (as_words(flat), codes, scales, numel, key)
+    arguments = (flat, codes, scales, numel, key)
     constants = (bits, group_size, scales.shape[1] == 2, *_tables(bits))
-    launch_tiles(_decode, arguments, constants, numel, group_size)
+    launch_tiles(_decode, arguments, constants, numel, group_size, sub_blocks=8)
     return flat
 
 
@@ -133,8 +134,8 @@ def _sum(
     for LEVEL in tl.static_range(7):
         if (2 << LEVEL) <= COLUMNS:
             x += _partner(x, ROWS, COLUMNS, 1 << LEVEL)
-    # Each column holds the sum now.
-    return tl.max(x, 1)
+    # Each column holds the sum now, so the maximum of the bits, which has no trouble with NaN, is its bits.
+    return tl.max(x.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -252,18 +253,15 @@ def _encode(
 ) -> None:
     C: tl.constexpr = GROUP_SIZE // 8
     tile = first_tile + tl.program_id(0)
-    group = tile * ROWS + tl.arange(0, ROWS)
-    stored = group * GROUP_SIZE < numel
-    start = group[:, None] * GROUP_SIZE + tl.arange(0, C)[None, :]
-
-    x0 = load_groups(flat_ptr, start, stored, numel, RAGGED)
-    x1 = load_groups(flat_ptr, start + C, stored, numel, RAGGED)
-    x2 = load_groups(flat_ptr, start + 2 * C, stored, numel, RAGGED)
-    x3 = load_groups(flat_ptr, start + 3 * C, stored, numel, RAGGED)
-    x4 = load_groups(flat_ptr, start + 4 * C, stored, numel, RAGGED)
-    x5 = load_groups(flat_ptr, start + 5 * C, stored, numel, RAGGED)
-    x6 = load_groups(flat_ptr, start + 6 * C, stored, numel, RAGGED)
-    x7 = load_groups(flat_ptr, start + 7 * C, stored, numel, RAGGED)
+    group, stored = groups_of_tile(first_tile, numel, GROUP_SIZE, ROWS)
+    x0 = load_float(flat_ptr, group, 0, numel, GROUP_SIZE, C, RAGGED, False)
+    x1 = load_float(flat_ptr, group, C, numel, GROUP_SIZE, C, RAGGED, False)
+    x2 = load_float(flat_ptr, group, 2 * C, numel, GROUP_SIZE, C, RAGGED, False)
+    x3 = load_float(flat_ptr, group, 3 * C, numel, GROUP_SIZE, C, RAGGED, False)
+    x4 = load_float(flat_ptr, group, 4 * C, numel, GROUP_SIZE, C, RAGGED, False)
+    x5 = load_float(flat_ptr, group, 5 * C, numel, GROUP_SIZE, C, RAGGED, False)
+    x6 = load_float(flat_ptr, group, 6 * C, numel, GROUP_SIZE, C, RAGGED, False)
+    x7 = load_float(flat_ptr, group, 7 * C, numel, GROUP_SIZE, C, RAGGED, False)
 
     # Magnitudes of floats order as their bits do, with inf and NaN above all others.
     largest = tl.maximum(
@@ -394,10 +392,9 @@ def _decode(
 ) -> None:
     C: tl.constexpr = GROUP_SIZE // 8
     tile = first_tile + tl.program_id(0)
-    group = tile * ROWS + tl.arange(0, ROWS)
-    stored = group * GROUP_SIZE < numel
+    group, stored = groups_of_tile(first_tile, numel, GROUP_SIZE, ROWS)
     column = tl.arange(0, C)[None, :]
-    word = load_word(codes_ptr, group[:, None] * (C * BITS) + column, stored[:, None], BITS, C)
+    word = load_word(codes_ptr, group[:, None] * (C * BITS) + column, BITS, C)
     x0, x1, x2, x3, x4, x5, x6, x7 = _hadamard(
         _signed_level(word, BITS, 0, L0, L1, L2, L3, L4, L5, L6, L7),
         _signed_level(word, BITS, 1, L0, L1, L2, L3, L4, L5, L6, L7),
@@ -410,19 +407,19 @@ def _decode(
         ROWS,
         C,
     )
-    scale = tl.load(scales_ptr + (1 + CENTRE) * group, stored, other=0).to(tl.int32) << 16
+    scale = tl.load(scales_ptr + (1 + CENTRE) * group).to(tl.int32) << 16
     scale = scale.to(tl.float32, bitcast=True)[:, None]
     mean = scale
     if CENTRE:
-        mean = tl.load(scales_ptr + 2 * group + 1, stored, other=0).to(tl.int32) << 16
+        mean = tl.load(scales_ptr + 2 * group + 1).to(tl.int32) << 16
         mean = mean.to(tl.float32, bitcast=True)[:, None]
     signs = sign_bytes(key, tile, ROWS, C)
     start = group[:, None] * GROUP_SIZE + column
-    store_groups(flat_ptr, start, _restored(x0, scale, mean, signs, 0, CENTRE), stored, numel, RAGGED)
-    store_groups(flat_ptr, start + C, _restored(x1, scale, mean, signs, 1, CENTRE), stored, numel, RAGGED)
-    store_groups(flat_ptr, start + 2 * C, _restored(x2, scale, mean, signs, 2, CENTRE), stored, numel, RAGGED)
-    store_groups(flat_ptr, start + 3 * C, _restored(x3, scale, mean, signs, 3, CENTRE), stored, numel, RAGGED)
-    store_groups(flat_ptr, start + 4 * C, _restored(x4, scale, mean, signs, 4, CENTRE), stored, numel, RAGGED)
-    store_groups(flat_ptr, start + 5 * C, _restored(x5, scale, mean, signs, 5, CENTRE), stored, numel, RAGGED)
-    store_groups(flat_ptr, start + 6 * C, _restored(x6, scale, mean, signs, 6, CENTRE), stored, numel, RAGGED)
-    store_groups(flat_ptr, start + 7 * C, _restored(x7, scale, mean, signs, 7, CENTRE), stored, numel, RAGGED)
+    store_float(flat_ptr, start, _restored(x0, scale, mean, signs, 0, CENTRE), stored, numel, RAGGED)
+    store_float(flat_ptr, start + C, _restored(x1, scale, mean, signs, 1, CENTRE), stored, numel, RAGGED)
+    store_float(flat_ptr, start + 2 * C, _restored(x2, scale, mean, signs, 2, CENTRE), stored, numel, RAGGED)
+    store_float(flat_ptr, start + 3 * C, _restored(x3, scale, mean, signs, 3, CENTRE), stored, numel, RAGGED)
+    store_float(flat_ptr, start + 4 * C, _restored(x4, scale, mean, signs, 4, CENTRE), stored, numel, RAGGED)
+    store_float(flat_ptr, start + 5 * C, _restored(x5, scale, mean, signs, 5, CENTRE), stored, numel, RAGGED)
+    store_float(flat_ptr, start + 6 * C, _restored(x6, scale, mean, signs, 6, CENTRE), stored, numel, RAGGED)
+    store_float(flat_ptr, start + 7 * C, _restored(x7, scale, mean, signs, 7, CENTRE), stored, numel, RAGGED)
