@@ -16,13 +16,14 @@ $(shell rm -f $(STAMP))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-gpu lint format types wheel-check bench clean
+.PHONY: help venv demo test test-slow test-gpu lint format types kernels-check wheel-check bench clean
 
 help:
 	@echo "make demo         train two small models, plain and compressed, and compare them"
 	@echo "make test         run the tests (test-slow: the slow ones, test-gpu: those that need a GPU)"
 	@echo "make lint         check style and formatting (format: repair what can be repaired)"
 	@echo "make types        check the types"
+	@echo "make kernels-check  compile the GPU kernels, without a GPU, and hold them to their limits"
 	@echo "make wheel-check  build the wheel and import it outside the checkout"
 	@echo "make bench        measure memory and time against the alternatives"
 	@echo "make clean        remove .venv, builds and caches"
@@ -66,6 +67,9 @@ format: $(STAMP)
 
 types: $(STAMP)
 	@$(PY) -m mypy
+
+kernels-check: $(STAMP)
+	@PYTHONPATH=kernels $(PY) .ci/check_kernels.py
 
 wheel-check: $(STAMP)
 	@$(PY) .ci/check_wheel.py

@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Up to here 1 / step is a normal number, which no device or mode flushes to zero.
+# Between these 256 / step and step / 256 are normal numbers, which no device or mode flushes to zero.
 LARGEST_STEP = 2.0**126
+SMALLEST_STEP_BITS = 0x04800000  # 2**-118
 HIGH_HALF = -0x10000
 LOW_HALF = 0xFFFF
 NAN_BITS = 0x7FC00000
-SMALLEST_NORMAL_BITS = 0x00800000
 
 
 def round_down(x: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def round_nearest(x: Tensor) -> Tensor:
 
 
 def step_bits(span: Tensor, intervals: int) -> Tensor:
-    """Smallest bfloat16 step of which `intervals` cover `span`: 0, or in [2**-126, 2**126], or NaN beyond.
+    """Smallest bfloat16 step of which `intervals` cover `span`: 0, or in [2**-118, 2**126], or NaN beyond.
 
     Args:
         span: float32, non-negative, or non-finite where the group is.
@@ -57,7 +57,7 @@ def step_bits(span: Tensor, intervals: int) -> Tensor:
     step = span / torch.full_like(span, intervals)
     rounded_up = (step.view(torch.int32) + LOW_HALF) & HIGH_HALF
     # A denormal step could not be inverted: 1 / step would be inf.
-    rounded_up = torch.where(span > 0, rounded_up.clamp_min(SMALLEST_NORMAL_BITS), 0)
+    rounded_up = torch.where(span > 0, rounded_up.clamp_min(SMALLEST_STEP_BITS), 0)
     return torch.where(step <= LARGEST_STEP, rounded_up, NAN_BITS)
 
 

@@ -1,9 +1,9 @@
 """Per-group min-max quantisation to 2**bits evenly spaced levels.
 
 For a group x with minimum lo (rounded down to bfloat16) and step = (max - lo) / (2**bits - 1) (rounded up):
-    encode: q = floor((x - lo) / step + u)
-    decode: (q + 1/2 - u) * step + lo   (dither)   or   q * step + lo   (stochastic, nearest)
-with u from the counter (see noise.py), or u = 1/2 for nearest. A group that holds NaN or inf, or whose step
+    encode: v = 256 (x - lo) / step rounded to nearest;  q = floor((v + r) / 256)
+    decode: (256 q + 255 - r) * (step / 256) + (lo - 127.5 step / 256)   (dither)   or   q * step + lo   (the others)
+with the byte r from the counter (see noise.py), or r = 128 for nearest. A group that holds NaN or inf, or whose step
 would exceed 2**126, decodes to NaN throughout, so that a loss scaler still sees it. Within half a step of the largest
 float32 a value may come back as inf; float16, whose range is narrow, saturates instead.
 
@@ -15,10 +15,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..noise import uniform_noise
+from ..noise import noise_bytes
 from .bf16 import HIGH_HALF, LOW_HALF, inverse, round_down, step_bits
 from .bits import pack, unpack
 from .chunks import group_chunks, group_count, load_groups, store_groups
+
+MAGIC = 2.0**23  # added to a float32 from 0 to 2**22, it rounds it to an integer in the low bits
 
 
 def encode(flat: Tensor, bits: int, group_size: int, rounding: str, key: int) -> tuple[Tensor, Tensor]:
@@ -41,15 +43,16 @@ def encode(flat: Tensor, bits: int, group_size: int, rounding: str, key: int) ->
         x = load_groups(flat, first, last, group_size)
         grids[first:last] = _grid(x, bits)
         step, lo = _step_and_minimum(grids[first:last])
-        v = (x - lo).mul_(inverse(step))
+        # The magic number leaves v in the low half of the mantissa. No clamp is needed: three roundings at most take v
+        # above the top level (by 0.02), which the rounding to nearest takes back, so v + r < 256 * 2**bits.
+        v = (x - lo).mul_(inverse(step).mul_(256.0)).add_(MAGIC).view(torch.int32).bitwise_and_(LOW_HALF)
         if rounding == "nearest":
-            v.add_(0.5)
+            v.add_(128)
         else:
-            v.add_(uniform_noise(key, first, last - first, group_size, flat.device))
-        # v >= 0, so truncation is floor. It stays below 2**bits without a clamp: v - u exceeds the top level by at most
-        # three roundings (5e-5), and u <= 1 - 1/512. In a group without a grid v is u or NaN, and the low byte of NaN
-        # cast to int32 is 0.
-        pack(v.to(torch.int32).to(torch.uint8), bits, codes[first:last])
+            v.add_(noise_bytes(key, first, last - first, group_size, flat.device))
+        pack(v.bitwise_right_shift_(8).to(torch.uint8), bits, codes[first:last])
+        # A group without a grid stores zeros.
+        codes[first:last].mul_((step == step).unsqueeze(2))
     return codes, grids
 
 
@@ -74,8 +77,11 @@ def decode(codes: Tensor, grids: Tensor, bits: int, rounding: str, key: int, num
         step, lo = _step_and_minimum(grids[first:last])
         q = unpack(codes[first:last], bits).to(torch.float32)
         if rounding == "dither":
-            q.add_(0.5).sub_(uniform_noise(key, first, last - first, group_size, codes.device))
-        store_groups(q.mul_(step).add_(lo), flat, first)
+            fine = step * (1 / 256)
+            q.mul_(256.0).add_(255.0).sub_(noise_bytes(key, first, last - first, group_size, codes.device))
+            store_groups(q.mul_(fine).add_(lo - fine * 127.5), flat, first)
+        else:
+            store_groups(q.mul_(step).add_(lo), flat, first)
     return flat
 
 

@@ -14,6 +14,15 @@ _SIGN_STREAM = tl.constexpr(noise.SIGN_STREAM)
 
 
 @triton.jit
+def zero_of(x: tl.tensor) -> tl.tensor:
+    """Int32 zeros that depend on int32 data: a counter that holds one is computed in the registers of its data.
+
+    Without it Triton picks a layout of its own for the counters and sends their blocks through shared memory.
+    """
+    return (x & 0x7FFFFFFF) >> 31
+
+
+@triton.jit
 def noise_words(key: tl.int64, counter: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """The four 32-bit words of the Philox block at each 64-bit counter."""
     low = counter.to(tl.uint32)
@@ -24,18 +33,28 @@ def noise_words(key: tl.int64, counter: tl.tensor) -> tuple[tl.tensor, tl.tensor
 
 
 @triton.jit
-def lane_noise(w0: tl.tensor, w1: tl.tensor, w2: tl.tensor, w3: tl.tensor, LANE: tl.constexpr) -> tl.tensor:
-    """The noise u = (byte + 1/2) / 256 from one of the 16 bytes of each block."""
-    if LANE < 4:
+def byte_pair(
+    w0: tl.tensor, w1: tl.tensor, w2: tl.tensor, w3: tl.tensor, HALF: tl.constexpr, S: tl.constexpr
+) -> tl.tensor:
+    """The bytes of codes S and S + 4 in the low and the high half of an int32, S below 4."""
+    INDEX: tl.constexpr = 2 * HALF + S // 2
+    if INDEX == 0:
         word = w0
-    elif LANE < 8:
+    elif INDEX == 1:
         word = w1
-    elif LANE < 12:
+    elif INDEX == 2:
         word = w2
     else:
         word = w3
-    byte = (word >> (8 * (LANE % 4))) & 0xFF
-    return (byte.to(tl.int32).to(tl.float32) + 0.5) * 0.00390625
+    return ((word >> (8 * (S % 2))) & 0x00FF00FF).to(tl.int32)
+
+
+@triton.jit
+def lane_noise(w0: tl.tensor, w1: tl.tensor, w2: tl.tensor, w3: tl.tensor, LANE: tl.constexpr) -> tl.tensor:
+    """The noise u = (byte + 1/2) / 256 of sixteenth LANE of each group."""
+    pair = byte_pair(w0, w1, w2, w3, LANE % 2, LANE // 2 % 4)
+    byte = (pair >> (16 * (LANE // 8))) & 0xFF
+    return (byte.to(tl.float32) + 0.5) * 0.00390625
 
 
 @triton.jit

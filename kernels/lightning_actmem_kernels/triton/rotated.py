@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..reference.chunks import group_count
 from ..reference.rotated import LEVELS, SQUARED_THRESHOLDS, TOO_LARGE_BITS
-from .launch import as_words, launch_tiles
+from .launch import launch_tiles
 from .noise import sign_bytes
-from .values import flip, load_groups, load_word, round_nearest, store_groups, store_word
+from .values import flip, groups_of_tile, load_float, load_word, round_nearest, store_float, store_word
 
 _TOO_LARGE_BITS = tl.constexpr(TOO_LARGE_BITS)
 
@@ -27,8 +27,9 @@ def encode(flat: Tensor, bits: int, group_size: int, centre: bool, key: int) -> 
     groups = group_count(flat.numel(), group_size)
     codes = torch.empty(groups, bits, group_size // 8, dtype=torch.uint8, device=flat.device)
     scales = torch.empty(groups, 1 + centre, dtype=torch.int16, device=flat.device)
-    arguments = (as_words(flat), codes, scales, flat.numel(), key)
-    launch_tiles(_encode, arguments, (bits, group_size, centre, *_tables(bits)), flat.numel(), group_size)
+    arguments = (flat, codes, scales, flat.numel(), key)
+    constants = (bits, group_size, centre, *_tables(bits))
+    launch_tiles(_encode, arguments, constants, flat.numel(), group_size, sub_blocks=8, reads_pairs=True)
     return codes, scales
 
 
@@ -36,9 +37,9 @@ def decode(codes: Tensor, scales: Tensor, bits: int, key: int, numel: int, dtype
     """As `reference.rotated.decode`."""
     group_size = 8 * codes.shape[2]
     flat = torch.empty(numel, dtype=dtype, device=codes.device)
-    arguments = (as_words(flat), codes, scales, numel, key)
+    arguments = (flat, codes, scales, numel, key)
     constants = (bits, group_size, scales.shape[1] == 2, *_tables(bits))
-    launch_tiles(_decode, arguments, constants, numel, group_size)
+    launch_tiles(_decode, arguments, constants, numel, group_size, sub_blocks=8)
     return flat
 
 
@@ -133,8 +134,8 @@ def _sum(
     for LEVEL in tl.static_range(7):
         if (2 << LEVEL) <= COLUMNS:
             x += _partner(x, ROWS, COLUMNS, 1 << LEVEL)
-    # Each column holds the sum now.
-    return tl.max(x, 1)
+    # Each column holds the sum now, so the maximum of the bits, which has no trouble with NaN, is its bits.
+    return tl.max(x.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -148,10 +149,23 @@ def _power_of_two(exponent: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _code(
+def _above(above: tl.tensor, code: tl.tensor, level: tl.tensor, HIGHER: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    return tl.where(above, code + 1, code), tl.where(above, HIGHER, level)
+
+
+@triton.jit
+def _quantise(
     z: tl.tensor,
     mean_square: tl.tensor,
     BITS: tl.constexpr,
+    L0: tl.constexpr,
+    L1: tl.constexpr,
+    L2: tl.constexpr,
+    L3: tl.constexpr,
+    L4: tl.constexpr,
+    L5: tl.constexpr,
+    L6: tl.constexpr,
+    L7: tl.constexpr,
     T0: tl.constexpr,
     T1: tl.constexpr,
     T2: tl.constexpr,
@@ -159,24 +173,23 @@ def _code(
     T4: tl.constexpr,
     T5: tl.constexpr,
     T6: tl.constexpr,
-) -> tl.tensor:
-    # A binary search: as many comparisons as bits.
+) -> tuple[tl.tensor, tl.tensor]:
+    """Codes, and |z| times the magnitude of their levels."""
     square = z * z
-    index = ((z.to(tl.int32, bitcast=True) >> 31) & 1) << (BITS - 1)
-    if BITS == 2:
-        index += (square > mean_square * T0).to(tl.int32)
-    elif BITS == 3:
-        bit1 = square > mean_square * T1
-        bit0 = square > tl.where(bit1, mean_square * T2, mean_square * T0)
-        index += bit1.to(tl.int32) * 2 + bit0.to(tl.int32)
-    elif BITS == 4:
-        bit2 = square > mean_square * T3
-        bit1 = square > tl.where(bit2, mean_square * T5, mean_square * T1)
-        low = tl.where(bit1, mean_square * T2, mean_square * T0)
-        high = tl.where(bit1, mean_square * T6, mean_square * T4)
-        bit0 = square > tl.where(bit2, high, low)
-        index += bit2.to(tl.int32) * 4 + bit1.to(tl.int32) * 2 + bit0.to(tl.int32)
-    return index
+    code = ((z.to(tl.int32, bitcast=True) >> 31) & 1) << (BITS - 1)
+    level = tl.zeros(z.shape, tl.float32) + L0
+    # One threshold after another: a binary search takes as many instructions and keeps more of them in registers.
+    if BITS >= 2:
+        code, level = _above(square > mean_square * T0, code, level, L1)
+    if BITS >= 3:
+        code, level = _above(square > mean_square * T1, code, level, L2)
+        code, level = _above(square > mean_square * T2, code, level, L3)
+    if BITS >= 4:
+        code, level = _above(square > mean_square * T3, code, level, L4)
+        code, level = _above(square > mean_square * T4, code, level, L5)
+        code, level = _above(square > mean_square * T5, code, level, L6)
+        code, level = _above(square > mean_square * T6, code, level, L7)
+    return code, tl.abs(z) * level
 
 
 @triton.jit
@@ -240,18 +253,15 @@ def _encode(
 ) -> None:
     C: tl.constexpr = GROUP_SIZE // 8
     tile = first_tile + tl.program_id(0)
-    group = tile * ROWS + tl.arange(0, ROWS)
-    stored = group * GROUP_SIZE < numel
-    start = group[:, None] * GROUP_SIZE + tl.arange(0, C)[None, :]
-
-    x0 = load_groups(flat_ptr, start, stored, numel, RAGGED)
-    x1 = load_groups(flat_ptr, start + C, stored, numel, RAGGED)
-    x2 = load_groups(flat_ptr, start + 2 * C, stored, numel, RAGGED)
-    x3 = load_groups(flat_ptr, start + 3 * C, stored, numel, RAGGED)
-    x4 = load_groups(flat_ptr, start + 4 * C, stored, numel, RAGGED)
-    x5 = load_groups(flat_ptr, start + 5 * C, stored, numel, RAGGED)
-    x6 = load_groups(flat_ptr, start + 6 * C, stored, numel, RAGGED)
-    x7 = load_groups(flat_ptr, start + 7 * C, stored, numel, RAGGED)
+    group, stored = groups_of_tile(first_tile, numel, GROUP_SIZE, ROWS)
+    x0 = load_float(flat_ptr, group, 0, numel, GROUP_SIZE, C, RAGGED, False)
+    x1 = load_float(flat_ptr, group, C, numel, GROUP_SIZE, C, RAGGED, False)
+    x2 = load_float(flat_ptr, group, 2 * C, numel, GROUP_SIZE, C, RAGGED, False)
+    x3 = load_float(flat_ptr, group, 3 * C, numel, GROUP_SIZE, C, RAGGED, False)
+    x4 = load_float(flat_ptr, group, 4 * C, numel, GROUP_SIZE, C, RAGGED, False)
+    x5 = load_float(flat_ptr, group, 5 * C, numel, GROUP_SIZE, C, RAGGED, False)
+    x6 = load_float(flat_ptr, group, 6 * C, numel, GROUP_SIZE, C, RAGGED, False)
+    x7 = load_float(flat_ptr, group, 7 * C, numel, GROUP_SIZE, C, RAGGED, False)
 
     # Magnitudes of floats order as their bits do, with inf and NaN above all others.
     largest = tl.maximum(
@@ -301,26 +311,15 @@ def _encode(
     )
     energy = _sum(x0 * x0, x1 * x1, x2 * x2, x3 * x3, x4 * x4, x5 * x5, x6 * x6, x7 * x7, ROWS, C)
     mean_square = (energy * (1.0 / GROUP_SIZE))[:, None]
-    q0 = _code(x0, mean_square, BITS, T0, T1, T2, T3, T4, T5, T6)
-    q1 = _code(x1, mean_square, BITS, T0, T1, T2, T3, T4, T5, T6)
-    q2 = _code(x2, mean_square, BITS, T0, T1, T2, T3, T4, T5, T6)
-    q3 = _code(x3, mean_square, BITS, T0, T1, T2, T3, T4, T5, T6)
-    q4 = _code(x4, mean_square, BITS, T0, T1, T2, T3, T4, T5, T6)
-    q5 = _code(x5, mean_square, BITS, T0, T1, T2, T3, T4, T5, T6)
-    q6 = _code(x6, mean_square, BITS, T0, T1, T2, T3, T4, T5, T6)
-    q7 = _code(x7, mean_square, BITS, T0, T1, T2, T3, T4, T5, T6)
-    inner = _sum(
-        tl.abs(x0) * _level(q0, BITS, L0, L1, L2, L3, L4, L5, L6, L7),
-        tl.abs(x1) * _level(q1, BITS, L0, L1, L2, L3, L4, L5, L6, L7),
-        tl.abs(x2) * _level(q2, BITS, L0, L1, L2, L3, L4, L5, L6, L7),
-        tl.abs(x3) * _level(q3, BITS, L0, L1, L2, L3, L4, L5, L6, L7),
-        tl.abs(x4) * _level(q4, BITS, L0, L1, L2, L3, L4, L5, L6, L7),
-        tl.abs(x5) * _level(q5, BITS, L0, L1, L2, L3, L4, L5, L6, L7),
-        tl.abs(x6) * _level(q6, BITS, L0, L1, L2, L3, L4, L5, L6, L7),
-        tl.abs(x7) * _level(q7, BITS, L0, L1, L2, L3, L4, L5, L6, L7),
-        ROWS,
-        C,
-    )
+    q0, p0 = _quantise(x0, mean_square, BITS, L0, L1, L2, L3, L4, L5, L6, L7, T0, T1, T2, T3, T4, T5, T6)
+    q4, p4 = _quantise(x4, mean_square, BITS, L0, L1, L2, L3, L4, L5, L6, L7, T0, T1, T2, T3, T4, T5, T6)
+    q2, p2 = _quantise(x2, mean_square, BITS, L0, L1, L2, L3, L4, L5, L6, L7, T0, T1, T2, T3, T4, T5, T6)
+    q6, p6 = _quantise(x6, mean_square, BITS, L0, L1, L2, L3, L4, L5, L6, L7, T0, T1, T2, T3, T4, T5, T6)
+    q1, p1 = _quantise(x1, mean_square, BITS, L0, L1, L2, L3, L4, L5, L6, L7, T0, T1, T2, T3, T4, T5, T6)
+    q5, p5 = _quantise(x5, mean_square, BITS, L0, L1, L2, L3, L4, L5, L6, L7, T0, T1, T2, T3, T4, T5, T6)
+    q3, p3 = _quantise(x3, mean_square, BITS, L0, L1, L2, L3, L4, L5, L6, L7, T0, T1, T2, T3, T4, T5, T6)
+    q7, p7 = _quantise(x7, mean_square, BITS, L0, L1, L2, L3, L4, L5, L6, L7, T0, T1, T2, T3, T4, T5, T6)
+    inner = _sum(p0, p1, p2, p3, p4, p5, p6, p7, ROWS, C)
     nonzero = inner > 0.0
     scale = tl.where(nonzero, tl.div_rn(energy, tl.where(nonzero, inner * (1.0 * GROUP_SIZE), 1.0)), 0.0)
     scale_bits = tl.where(sound, round_nearest(scale * unit) >> 16, 0x7FC0)
@@ -393,10 +392,9 @@ def _decode(
 ) -> None:
     C: tl.constexpr = GROUP_SIZE // 8
     tile = first_tile + tl.program_id(0)
-    group = tile * ROWS + tl.arange(0, ROWS)
-    stored = group * GROUP_SIZE < numel
+    group, stored = groups_of_tile(first_tile, numel, GROUP_SIZE, ROWS)
     column = tl.arange(0, C)[None, :]
-    word = load_word(codes_ptr, group[:, None] * (C * BITS) + column, stored[:, None], BITS, C)
+    word = load_word(codes_ptr, group[:, None] * (C * BITS) + column, BITS, C)
     x0, x1, x2, x3, x4, x5, x6, x7 = _hadamard(
         _signed_level(word, BITS, 0, L0, L1, L2, L3, L4, L5, L6, L7),
         _signed_level(word, BITS, 1, L0, L1, L2, L3, L4, L5, L6, L7),
@@ -409,19 +407,19 @@ def _decode(
         ROWS,
         C,
     )
-    scale = tl.load(scales_ptr + (1 + CENTRE) * group, stored, other=0).to(tl.int32) << 16
+    scale = tl.load(scales_ptr + (1 + CENTRE) * group).to(tl.int32) << 16
     scale = scale.to(tl.float32, bitcast=True)[:, None]
     mean = scale
     if CENTRE:
-        mean = tl.load(scales_ptr + 2 * group + 1, stored, other=0).to(tl.int32) << 16
+        mean = tl.load(scales_ptr + 2 * group + 1).to(tl.int32) << 16
         mean = mean.to(tl.float32, bitcast=True)[:, None]
     signs = sign_bytes(key, tile, ROWS, C)
     start = group[:, None] * GROUP_SIZE + column
-    store_groups(flat_ptr, start, _restored(x0, scale, mean, signs, 0, CENTRE), stored, numel, RAGGED)
-    store_groups(flat_ptr, start + C, _restored(x1, scale, mean, signs, 1, CENTRE), stored, numel, RAGGED)
-    store_groups(flat_ptr, start + 2 * C, _restored(x2, scale, mean, signs, 2, CENTRE), stored, numel, RAGGED)
-    store_groups(flat_ptr, start + 3 * C, _restored(x3, scale, mean, signs, 3, CENTRE), stored, numel, RAGGED)
-    store_groups(flat_ptr, start + 4 * C, _restored(x4, scale, mean, signs, 4, CENTRE), stored, numel, RAGGED)
-    store_groups(flat_ptr, start + 5 * C, _restored(x5, scale, mean, signs, 5, CENTRE), stored, numel, RAGGED)
-    store_groups(flat_ptr, start + 6 * C, _restored(x6, scale, mean, signs, 6, CENTRE), stored, numel, RAGGED)
-    store_groups(flat_ptr, start + 7 * C, _restored(x7, scale, mean, signs, 7, CENTRE), stored, numel, RAGGED)
+    store_float(flat_ptr, start, _restored(x0, scale, mean, signs, 0, CENTRE), stored, numel, RAGGED)
+    store_float(flat_ptr, start + C, _restored(x1, scale, mean, signs, 1, CENTRE), stored, numel, RAGGED)
+    store_float(flat_ptr, start + 2 * C, _restored(x2, scale, mean, signs, 2, CENTRE), stored, numel, RAGGED)
+    store_float(flat_ptr, start + 3 * C, _restored(x3, scale, mean, signs, 3, CENTRE), stored, numel, RAGGED)
+    store_float(flat_ptr, start + 4 * C, _restored(x4, scale, mean, signs, 4, CENTRE), stored, numel, RAGGED)
+    store_float(flat_ptr, start + 5 * C, _restored(x5, scale, mean, signs, 5, CENTRE), stored, numel, RAGGED)
+    store_float(flat_ptr, start + 6 * C, _restored(x6, scale, mean, signs, 6, CENTRE), stored, numel, RAGGED)
+    store_float(flat_ptr, start + 7 * C, _restored(x7, scale, mean, signs, 7, CENTRE), stored, numel, RAGGED)

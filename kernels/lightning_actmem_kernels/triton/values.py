@@ -8,18 +8,57 @@ import triton
 import triton.language as tl
 
 from ..reference import bf16
+from .launch import INTERPRETED
 
 _LARGEST_STEP = tl.constexpr(bf16.LARGEST_STEP)
 _HIGH_HALF = tl.constexpr(bf16.HIGH_HALF)
 _NAN_BITS = tl.constexpr(bf16.NAN_BITS)
-_SMALLEST_NORMAL_BITS = tl.constexpr(bf16.SMALLEST_NORMAL_BITS)
+_SMALLEST_STEP_BITS = tl.constexpr(bf16.SMALLEST_STEP_BITS)
+_INTERPRETED = tl.constexpr(INTERPRETED)
 _INF_BITS = tl.constexpr(0x7F800000)
 
 
 @triton.jit
-def load_float(ptr: tl.tensor, offsets: tl.tensor) -> tl.tensor:
-    """Elements in float32; int16 memory holds bfloat16."""
-    x = tl.load(ptr + offsets)
+def groups_of_tile(
+    first_tile: tl.int64, numel: tl.int64, GROUP_SIZE: tl.constexpr, ROWS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """The groups [R] of a program, those past the end replaced by the last one, and which of them are to be stored.
+
+    Loads then need no mask, which would cost registers of zeros.
+    """
+    group = (first_tile + tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
+    last = (numel - 1) // GROUP_SIZE
+    return tl.minimum(group, last), group <= last
+
+
+@triton.jit
+def load_float(
+    ptr: tl.tensor,
+    group: tl.tensor,
+    FIRST: tl.constexpr,
+    numel: tl.int64,
+    GROUP_SIZE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    REPEAT: tl.constexpr,
+) -> tl.tensor:
+    """Elements FIRST to FIRST + COLUMNS of each group in float32.
+
+    Where the tensor may end within a group (RAGGED), the last element is repeated (REPEAT) or zeros follow. Memory of
+    int16 holds bfloat16, memory of int32 pairs of them: taking a pair apart costs half of what two single values cost.
+    """
+    if ptr.dtype.element_ty == tl.int32:
+        pair = tl.arange(0, COLUMNS // 2)[None, :]
+        words = tl.load(ptr + (group[:, None] * (GROUP_SIZE // 2) + FIRST // 2 + pair))
+        values = tl.reshape(tl.join(words << 16, words & _HIGH_HALF), (group.shape[0], COLUMNS))
+        return values.to(tl.float32, bitcast=True)
+    offsets = group[:, None] * GROUP_SIZE + FIRST + tl.arange(0, COLUMNS)[None, :]
+    if not RAGGED:
+        x = tl.load(ptr + offsets)
+    elif REPEAT:
+        x = tl.load(ptr + tl.minimum(offsets, numel - 1))
+    else:
+        x = tl.load(ptr + offsets, offsets < numel, other=0)
     if ptr.dtype.element_ty == tl.int16:
         return (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -27,45 +66,20 @@ def load_float(ptr: tl.tensor, offsets: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def load_groups(
-    ptr: tl.tensor, offsets: tl.tensor, stored: tl.tensor, numel: tl.tensor, RAGGED: tl.constexpr
-) -> tl.tensor:
-    """Elements [R, C] of the stored groups in float32, 0 elsewhere; RAGGED where the tensor may end within a group.
+def store_float(
+    ptr: tl.tensor, offsets: tl.tensor, value: tl.tensor, stored: tl.tensor, numel: tl.int64, RAGGED: tl.constexpr
+) -> None:
+    """Store float32 [R, C] in the dtype of the memory, rounded to nearest even; float16 saturates as in the reference.
 
-    A mask by group leaves loads as wide as the registers; a mask by element makes them one element wide.
+    A mask by group leaves stores as wide as the registers; by element, where RAGGED, they are one element wide.
     """
     mask = stored[:, None]
     if RAGGED:
-        mask = offsets < numel
-    x = tl.load(ptr + offsets, mask, other=0)
-    if ptr.dtype.element_ty == tl.int16:
-        return (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return x.to(tl.float32)
-
-
-@triton.jit
-def store_groups(
-    ptr: tl.tensor, offsets: tl.tensor, value: tl.tensor, stored: tl.tensor, numel: tl.tensor, RAGGED: tl.constexpr
-) -> None:
-    """Store elements [R, C] of the stored groups, as `load_groups` loads them."""
-    if RAGGED:
-        store_float(ptr, offsets, value, offsets < numel)
-    else:
-        store_float(ptr, offsets, value, stored[:, None])
-
-
-@triton.jit
-def flip(x: tl.tensor, signs: tl.tensor, S: tl.constexpr) -> tl.tensor:
-    """Flip the sign of x where bit S of `signs` is set."""
-    bits = x.to(tl.int32, bitcast=True) ^ ((signs << (31 - S)) & -0x80000000)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def store_float(ptr: tl.tensor, offsets: tl.tensor, value: tl.tensor, mask: tl.tensor) -> None:
-    """Store float32 in the dtype of the memory, rounded to nearest even; float16 saturates as in the reference."""
-    if ptr.dtype.element_ty == tl.int16:
+        mask &= offsets < numel
+    if ptr.dtype.element_ty == tl.int16 and not _INTERPRETED:
+        tl.store(ptr + offsets, value.to(tl.bfloat16).to(tl.int16, bitcast=True), mask)
+    elif ptr.dtype.element_ty == tl.int16:
+        # The interpreter truncates its casts.
         bits = value.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         tl.store(ptr + offsets, tl.where(value == value, rounded, 0x7FC0).to(tl.int16), mask)
@@ -75,6 +89,13 @@ def store_float(ptr: tl.tensor, offsets: tl.tensor, value: tl.tensor, mask: tl.t
         tl.store(ptr + offsets, value.to(tl.float16), mask)
     else:
         tl.store(ptr + offsets, value, mask)
+
+
+@triton.jit
+def flip(x: tl.tensor, signs: tl.tensor, S: tl.constexpr) -> tl.tensor:
+    """Flip the sign of x where bit S of `signs` is set."""
+    bits = x.to(tl.int32, bitcast=True) ^ ((signs << (31 - S)) & -0x80000000)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -99,11 +120,11 @@ def round_nearest(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def step_bits(span: tl.tensor, finite: tl.tensor, INTERVALS: tl.constexpr) -> tl.tensor:
-    """Bits of the smallest bfloat16 step of which INTERVALS cover `span`: 0, or in [2**-126, 2**126], or NaN beyond."""
-    # Older Triton flushes denormals in div_rn. They end as 2**-126 all the same, and `inverse` meets none.
+    """Bits of the smallest bfloat16 step of which INTERVALS cover `span`: 0, or in [2**-118, 2**126], or NaN beyond."""
+    # Older Triton flushes denormals in div_rn. They end as 2**-118 all the same, and `inverse` meets none.
     step = tl.div_rn(span, 1.0 * INTERVALS)
     rounded_up = (step.to(tl.int32, bitcast=True) + 0xFFFF) & _HIGH_HALF
-    rounded_up = tl.where(span > 0.0, tl.maximum(rounded_up, _SMALLEST_NORMAL_BITS), 0)
+    rounded_up = tl.where(span > 0.0, tl.maximum(rounded_up, _SMALLEST_STEP_BITS), 0)
     return tl.where(finite & (step <= _LARGEST_STEP), rounded_up, _NAN_BITS)
 
 
@@ -114,27 +135,18 @@ def inverse(step: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def empty_word(shape_like: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
-    """Zeros wide enough for the 8 codes of a column."""
-    if BITS == 8:
-        return shape_like.to(tl.int64) * 0
-    else:
-        return shape_like.to(tl.int32) * 0
-
-
-@triton.jit
 def store_word(
     ptr: tl.tensor, offsets: tl.tensor, word: tl.tensor, mask: tl.tensor, BITS: tl.constexpr, ROW: tl.constexpr
 ) -> None:
-    """Store the bytes of each column's word in BITS rows of ROW bytes."""
+    """Store the bytes of each column's word in BITS rows of ROW bytes, BITS at most 4."""
     for P in tl.static_range(BITS):
         tl.store(ptr + offsets + P * ROW, ((word >> (8 * P)) & 0xFF).to(tl.uint8), mask)
 
 
 @triton.jit
-def load_word(ptr: tl.tensor, offsets: tl.tensor, mask: tl.tensor, BITS: tl.constexpr, ROW: tl.constexpr) -> tl.tensor:
+def load_word(ptr: tl.tensor, offsets: tl.tensor, BITS: tl.constexpr, ROW: tl.constexpr) -> tl.tensor:
     """What `store_word` stored."""
-    word = empty_word(offsets, BITS)
+    word = offsets.to(tl.int32) * 0
     for P in tl.static_range(BITS):
-        word |= tl.load(ptr + offsets + P * ROW, mask, other=0).to(word.dtype) << (8 * P)
+        word |= tl.load(ptr + offsets + P * ROW).to(word.dtype) << (8 * P)
     return word

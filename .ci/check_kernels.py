@@ -1,0 +1,215 @@
+"""Compile every Triton kernel for four GPUs, without a GPU, and hold each to its limits.
+
+For every kernel: instructions per element, registers, spilled bytes, the widest access to memory, and a model of the
+time on an H100: max(bytes / bandwidth, instructions / issue rate). `--quick` compiles for sm_90 only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lightning_actmem_kernels.reference.rotated import LEVELS, SQUARED_THRESHOLDS
+from lightning_actmem_kernels.triton import launch, mask, relu, rotated, uniform
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+WARPS = 4
+GROUP_SIZE = 256
+# H100: what a copy reaches, and 132 multiprocessors x 4 schedulers x 1.98 GHz x 32 lanes.
+BYTES_PER_SECOND = 4.3e12 * 3.35 / 4.8
+INSTRUCTIONS_PER_SECOND = 132 * 4 * 1.98e9 * 32
+# A 64-bit product takes four issue slots.
+SLOTS = {"IMAD.WIDE": 4, "IMAD.HI": 4}
+ITEMSIZE = {"bf16": 2, "fp32": 4}
+POINTERS = {"codes_ptr": "*u8", "grids_ptr": "*i32", "steps_ptr": "*i16", "scales_ptr": "*i16"}
+META_BYTES = {"uniform": 4, "relu": 2, "rotated": 2}
+
+# Instructions per element on sm_90, (encode, decode): a few per cent above what was measured, to see a regression.
+LIMITS = {
+    ("uniform", 8, "bf16"): (17.8, 11.6),
+    ("uniform", 4, "bf16"): (16.2, 11.2),
+    ("uniform", 2, "bf16"): (16.2, 10.8),
+    ("uniform", 4, "fp32"): (16.5, 11.5),
+    ("relu", 4, "bf16"): (25.9, 17.2),
+    ("relu", 4, "fp32"): (27.5, 25.0),
+    ("rotated", 1, "bf16"): (30.2, 21.5),
+    ("rotated", 2, "bf16"): (34.5, 23.0),
+    ("rotated", 4, "bf16"): (63.5, 30.0),
+    ("rotated", 1, "fp32"): (36.8, 25.8),
+    ("rotated", 4, "fp32"): (78.5, 40.0),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel to compile."""
+
+    codec: str
+    bits: int
+    dtype: str
+    encodes: bool
+
+    @property
+    def kernel(self) -> Any:
+        """The Triton function."""
+        module = {"uniform": uniform, "relu": relu, "rotated": rotated}[self.codec]
+        return module._encode if self.encodes else module._decode
+
+    def elements(self, target: GPUTarget) -> int:
+        """Elements of a program: a full tile, as the launcher chooses it."""
+        sub_blocks, threads = 8 if self.codec == "rotated" else 16, target.warp_size * WARPS
+        itemsize = ITEMSIZE[self.dtype]
+        return launch.groups_per_program(1 << 30, GROUP_SIZE, itemsize, sub_blocks, threads) * GROUP_SIZE
+
+    @property
+    def limit(self) -> float:
+        """Instructions per element."""
+        return LIMITS[self.codec, self.bits, self.dtype][not self.encodes]
+
+    @property
+    def bytes_per_element(self) -> float:
+        """What the kernel reads and writes."""
+        return ITEMSIZE[self.dtype] + self.bits / 8 + META_BYTES[self.codec] / GROUP_SIZE
+
+    def compile(self, target: GPUTarget) -> Any:
+        """The compiled kernel, as the launcher specialises it."""
+        levels, thresholds = LEVELS.get(self.bits, ()), SQUARED_THRESHOLDS.get(self.bits, ())
+        constants = {"BITS": self.bits, "GROUP_SIZE": GROUP_SIZE, "ROWS": self.elements(target) // GROUP_SIZE}
+        constants |= {"RAGGED": False, "NEAREST": False, "DITHER": True, "CENTRE": False, "TINY": 2.0**-126}
+        constants |= {f"L{i}": level for i, level in enumerate((*levels, *[0.0] * 8)[:8])}
+        constants |= {f"T{i}": threshold for i, threshold in enumerate((*thresholds, *[0.0] * 7)[:7])}
+        bf16 = "*i32" if self.encodes else "*i16"
+        flat = bf16 if self.dtype == "bf16" else "*fp32"
+        return compile_kernel(self.kernel, constants, {"flat_ptr": flat}, target)
+
+    def __str__(self) -> str:
+        return f"{self.codec} {self.bits} bit {self.dtype} {'encode' if self.encodes else 'decode'}"
+
+
+CASES = [Case(codec, bits, dtype, encodes) for codec, bits, dtype in LIMITS for encodes in (True, False)]
+
+
+def compile_kernel(kernel: Any, constants: dict[str, Any], pointers: dict[str, str], target: GPUTarget) -> Any:
+    """Compile with every pointer aligned to 16 bytes, as fresh tensors are."""
+    names = kernel.arg_names
+    pointers = POINTERS | {"bools_ptr": "*u8", "packed_ptr": "*u8"} | pointers
+    signature = {name: "constexpr" if name.isupper() else pointers.get(name, "i64") for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in pointers}
+    source = ASTSource(kernel, signature, {name: constants[name] for name in names if name.isupper()}, aligned)
+    return triton.compile(source, target=target, options={**launch.EXACT, "num_warps": WARPS})
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a compiled kernel consists of."""
+
+    instructions: float  # per element
+    slots: float  # per element, with products at their price
+    registers: int
+    spilled_bytes: int
+    access_bytes: int  # the widest access to global memory
+
+
+def cuda_tool(name: str, *arguments: str) -> str:
+    """Output of a tool of the CUDA toolkit that Triton brings along."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def read_cuda(compiled: Any, elements: int) -> Report:
+    """Disassemble."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        sass, usage = cuda_tool("nvdisasm", "-c", file.name), cuda_tool("cuobjdump", "-res-usage", file.name)
+    names = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", sass, re.MULTILINE)
+    names = [name for name in names if name != "NOP"]
+    slots = sum(next((n for prefix, n in SLOTS.items() if name.startswith(prefix)), 1) for name in names)
+    registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))  # type: ignore[index]
+    widths = [int(width) // 8 for name in names for width in re.findall(r"(?:LDG|STG)\.\S*?(\d+)$", name)]
+    threads = 32 * WARPS
+    return Report(len(names) * threads / elements, slots * threads / elements, registers, stack, max(widths, default=4))
+
+
+def read_hip(compiled: Any, elements: int) -> Report:
+    """Read the assembly: no disassembler for AMD comes with Triton."""
+    text = compiled.asm["amdgcn"]
+    names = re.findall(r"^\s+([vs]_\w+|global_\w+|ds_\w+|buffer_\w+)\b", text, re.MULTILINE)
+    count = len(names) * 64 * WARPS / elements
+    registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])  # type: ignore[index]
+    spilled = 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])  # type: ignore[index]
+    widths = [4 * int(n) for n in re.findall(r"(?:global|buffer)_(?:load|store)_dwordx(\d)", text)]
+    return Report(count, count, registers, spilled, max(widths, default=4))
+
+
+def inexact(compiled: Any) -> set[str]:
+    """Instructions that would not round as the reference does."""
+    # Older Triton flushes denormals in its exact division, which the kernels allow for.
+    return set(re.findall(r"fma\.|(?<!div\.rn)\.ftz|\.approx|div\.full", compiled.asm.get("ptx", "")))
+
+
+def faults(case: Case, name: str, compiled: Any, report: Report) -> list[str]:
+    """What exceeds its limit."""
+    found = (
+        [f"{case} on {name}: expected exact arithmetic, got {sorted(inexact(compiled))}"] if inexact(compiled) else []
+    )
+    if report.spilled_bytes:
+        found.append(f"{case} on {name}: expected no spilled registers, got {report.spilled_bytes} bytes")
+    if report.access_bytes < 16:
+        found.append(f"{case} on {name}: expected accesses of 16 bytes, got {report.access_bytes}")
+    if name == "sm_90" and report.instructions > case.limit:
+        found.append(f"{case} on {name}: expected {case.limit} instructions per element, got {report.instructions:.1f}")
+    return found
+
+
+def check(names: list[str]) -> list[str]:
+    """Compile, print a line per kernel and return what exceeds its limit."""
+    found = []
+    print(f"{'kernel':<28}{'target':<8}{'instr/el':>9}{'regs':>6}{'spill':>6}{'access':>7}{'ms/GB':>7}  bound by")
+    for case in CASES:
+        # float32 differs in nothing that depends on the target.
+        for name in names if case.dtype == "bf16" else ["sm_90"]:
+            compiled = case.compile(TARGETS[name])
+            read = read_cuda if name.startswith("sm") else read_hip
+            report = read(compiled, case.elements(TARGETS[name]))
+            memory, issue = case.bytes_per_element / BYTES_PER_SECOND, report.slots / INSTRUCTIONS_PER_SECOND
+            seconds = max(memory, issue) / ITEMSIZE[case.dtype] * 1e9
+            print(
+                f"{case!s:<28}{name:<8}{report.instructions:>9.1f}{report.registers:>6}{report.spilled_bytes:>6}"
+                f"{report.access_bytes:>7}{seconds * 1e3:>7.2f}  {'memory' if memory > issue else 'instructions'}"
+                f" {min(memory, issue) / max(memory, issue):.2f}"
+            )
+            found += faults(case, name, compiled, report)
+    for kernel in (mask._encode, mask._decode):
+        for name in names:
+            compile_kernel(kernel, {"WIDTH": 4096}, {}, TARGETS[name])
+    return found
+
+
+def main() -> None:
+    """Run the check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="compile for sm_90 only")
+    found = check(["sm_90"] if parser.parse_args().quick else list(TARGETS))
+    if found:
+        sys.exit("kernels check failed:\n" + "\n".join(found))
+    print("kernels check passed")
+
+
+if __name__ == "__main__":
+    main()
