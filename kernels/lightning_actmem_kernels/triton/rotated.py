@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..reference.chunks import group_count
 from ..reference.rotated import LEVELS, SQUARED_THRESHOLDS, TOO_LARGE_BITS
+from .hadamard import group_sum, hadamard
 from .launch import launch_tiles
 from .noise import sign_bytes
 from .values import flip, groups_of_tile, load_float, load_word, round_nearest, store_float, store_word
@@ -47,95 +48,6 @@ def _tables(bits: int) -> tuple[float, ...]:
     """The 8 levels and 7 thresholds that the kernels take, zeros where a width has fewer."""
     levels, thresholds = LEVELS[bits], SQUARED_THRESHOLDS[bits]
     return levels + (0.0,) * (8 - len(levels)) + thresholds + (0.0,) * (7 - len(thresholds))
-
-
-@triton.jit
-def _butterfly(a: tl.tensor, b: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    return a + b, a - b
-
-
-@triton.jit
-def _partner(x: tl.tensor, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr) -> tl.tensor:
-    """For each column its partner STRIDE away."""
-    # The bits of a pair, added as integers, less one's own: a compiler sees through that to a plain shuffle or
-    # register, where splitting and joining tensors goes through shared memory.
-    bits = x.to(tl.int32, bitcast=True)
-    pairs = tl.reshape(bits, (ROWS, COLUMNS // (2 * STRIDE), 2, STRIDE))
-    return tl.reshape(tl.sum(pairs, 2)[:, :, None, :] - pairs, (ROWS, COLUMNS)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _column_butterfly(x: tl.tensor, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr) -> tl.tensor:
-    upper = (tl.arange(0, COLUMNS)[None, :] // STRIDE) << 31
-    own = (x.to(tl.int32, bitcast=True) ^ upper).to(tl.float32, bitcast=True)
-    return own + _partner(x, ROWS, COLUMNS, STRIDE)
-
-
-@triton.jit
-def _column_hadamard(x: tl.tensor, ROWS: tl.constexpr, COLUMNS: tl.constexpr) -> tl.tensor:
-    """Butterflies between columns 1, 2, 4 ... apart; columns are at most 128."""
-    for LEVEL in tl.static_range(7):
-        if (2 << LEVEL) <= COLUMNS:
-            x = _column_butterfly(x, ROWS, COLUMNS, 1 << LEVEL)
-    return x
-
-
-@triton.jit
-def _hadamard(
-    x0: tl.tensor,
-    x1: tl.tensor,
-    x2: tl.tensor,
-    x3: tl.tensor,
-    x4: tl.tensor,
-    x5: tl.tensor,
-    x6: tl.tensor,
-    x7: tl.tensor,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    x0, x4 = _butterfly(x0, x4)
-    x1, x5 = _butterfly(x1, x5)
-    x2, x6 = _butterfly(x2, x6)
-    x3, x7 = _butterfly(x3, x7)
-    x0, x2 = _butterfly(x0, x2)
-    x1, x3 = _butterfly(x1, x3)
-    x4, x6 = _butterfly(x4, x6)
-    x5, x7 = _butterfly(x5, x7)
-    x0, x1 = _butterfly(x0, x1)
-    x2, x3 = _butterfly(x2, x3)
-    x4, x5 = _butterfly(x4, x5)
-    x6, x7 = _butterfly(x6, x7)
-    x0 = _column_hadamard(x0, ROWS, COLUMNS)
-    x1 = _column_hadamard(x1, ROWS, COLUMNS)
-    x2 = _column_hadamard(x2, ROWS, COLUMNS)
-    x3 = _column_hadamard(x3, ROWS, COLUMNS)
-    x4 = _column_hadamard(x4, ROWS, COLUMNS)
-    x5 = _column_hadamard(x5, ROWS, COLUMNS)
-    x6 = _column_hadamard(x6, ROWS, COLUMNS)
-    x7 = _column_hadamard(x7, ROWS, COLUMNS)
-    return x0, x1, x2, x3, x4, x5, x6, x7
-
-
-@triton.jit
-def _sum(
-    x0: tl.tensor,
-    x1: tl.tensor,
-    x2: tl.tensor,
-    x3: tl.tensor,
-    x4: tl.tensor,
-    x5: tl.tensor,
-    x6: tl.tensor,
-    x7: tl.tensor,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-) -> tl.tensor:
-    """Sums of the groups [R], added in the reference's order, which `tl.sum` of more than two would not keep."""
-    x = ((x0 + x4) + (x2 + x6)) + ((x1 + x5) + (x3 + x7))
-    for LEVEL in tl.static_range(7):
-        if (2 << LEVEL) <= COLUMNS:
-            x += _partner(x, ROWS, COLUMNS, 1 << LEVEL)
-    # Each column holds the sum now, so the maximum of the bits, which has no trouble with NaN, is its bits.
-    return tl.max(x.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -283,7 +195,7 @@ def _encode(
     x7 *= shrink
 
     if CENTRE:
-        mean = _sum(x0, x1, x2, x3, x4, x5, x6, x7, ROWS, C) * (1.0 / GROUP_SIZE) * unit
+        mean = group_sum(x0, x1, x2, x3, x4, x5, x6, x7, ROWS, C) * (1.0 / GROUP_SIZE) * unit
         mean = tl.where(sound, round_nearest(mean), 0)
         tl.store(scales_ptr + 2 * group + 1, (mean >> 16).to(tl.int16), stored)
         shift = mean.to(tl.float32, bitcast=True)[:, None] * shrink
@@ -297,7 +209,7 @@ def _encode(
         x7 -= shift
 
     signs = sign_bytes(key, tile, ROWS, C)
-    x0, x1, x2, x3, x4, x5, x6, x7 = _hadamard(
+    x0, x1, x2, x3, x4, x5, x6, x7 = hadamard(
         flip(x0, signs, 0),
         flip(x1, signs, 1),
         flip(x2, signs, 2),
@@ -309,7 +221,7 @@ def _encode(
         ROWS,
         C,
     )
-    energy = _sum(x0 * x0, x1 * x1, x2 * x2, x3 * x3, x4 * x4, x5 * x5, x6 * x6, x7 * x7, ROWS, C)
+    energy = group_sum(x0 * x0, x1 * x1, x2 * x2, x3 * x3, x4 * x4, x5 * x5, x6 * x6, x7 * x7, ROWS, C)
     mean_square = (energy * (1.0 / GROUP_SIZE))[:, None]
     q0, p0 = _quantise(x0, mean_square, BITS, L0, L1, L2, L3, L4, L5, L6, L7, T0, T1, T2, T3, T4, T5, T6)
     q4, p4 = _quantise(x4, mean_square, BITS, L0, L1, L2, L3, L4, L5, L6, L7, T0, T1, T2, T3, T4, T5, T6)
@@ -319,7 +231,7 @@ def _encode(
     q5, p5 = _quantise(x5, mean_square, BITS, L0, L1, L2, L3, L4, L5, L6, L7, T0, T1, T2, T3, T4, T5, T6)
     q3, p3 = _quantise(x3, mean_square, BITS, L0, L1, L2, L3, L4, L5, L6, L7, T0, T1, T2, T3, T4, T5, T6)
     q7, p7 = _quantise(x7, mean_square, BITS, L0, L1, L2, L3, L4, L5, L6, L7, T0, T1, T2, T3, T4, T5, T6)
-    inner = _sum(p0, p1, p2, p3, p4, p5, p6, p7, ROWS, C)
+    inner = group_sum(p0, p1, p2, p3, p4, p5, p6, p7, ROWS, C)
     nonzero = inner > 0.0
     scale = tl.where(nonzero, tl.div_rn(energy, tl.where(nonzero, inner * (1.0 * GROUP_SIZE), 1.0)), 0.0)
     scale_bits = tl.where(sound, round_nearest(scale * unit) >> 16, 0x7FC0)
@@ -395,7 +307,7 @@ def _decode(
     group, stored = groups_of_tile(first_tile, numel, GROUP_SIZE, ROWS)
     column = tl.arange(0, C)[None, :]
     word = load_word(codes_ptr, group[:, None] * (C * BITS) + column, BITS, C)
-    x0, x1, x2, x3, x4, x5, x6, x7 = _hadamard(
+    x0, x1, x2, x3, x4, x5, x6, x7 = hadamard(
         _signed_level(word, BITS, 0, L0, L1, L2, L3, L4, L5, L6, L7),
         _signed_level(word, BITS, 1, L0, L1, L2, L3, L4, L5, L6, L7),
         _signed_level(word, BITS, 2, L0, L1, L2, L3, L4, L5, L6, L7),
