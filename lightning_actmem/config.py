@@ -28,8 +28,8 @@ class ActMemConfig:
     """What to store for the backward pass, and how.
 
     Args:
-        bits: Bits per stored activation element: 1, 2, 3, 4 or 8; 32 keeps every tensor as it is
-            (bit-equal to plain training).
+        bits: Bits per stored activation element: 1, 2, 3, 4 or 8; 32 is lossless, bit-equal to plain training: floats
+            stay as they are, masks and indices shrink.
         codec: ``"auto"`` (rotated at 1 and 2 bits, min-max groups from 3, and a code that keeps exact zeros for ReLU
             outputs), ``"uniform"`` (min-max groups for every activation), ``"rotated"`` (random rotation within
             groups, at 1 to 4 bits) or ``"identity"`` (a lossless copy: exercises the whole packing path, saves
