@@ -8,7 +8,8 @@ from .codec import decode as decode
 from .codec import encode as encode
 from .codec import resolve_backend as resolve_backend
 from .layout import Layout as Layout
+from .reference.compiled import cpu_path as cpu_path
 from .reference.integer import integer_bits as integer_bits
 from .spec import CodecSpec as CodecSpec
 
-__all__ = ["CodecSpec", "Layout", "decode", "encode", "integer_bits", "resolve_backend"]
+__all__ = ["CodecSpec", "Layout", "cpu_path", "decode", "encode", "integer_bits", "resolve_backend"]

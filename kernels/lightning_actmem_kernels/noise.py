@@ -25,12 +25,12 @@ MASK_32 = 0xFFFFFFFF
 SIGN_STREAM = 1
 
 
-def philox(index: Tensor, key: int, stream: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(index: Tensor, key: int | Tensor, stream: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One Philox4x32-7 block per counter (low half of index, high half of index, stream, 0).
 
     Args:
         index: int64 [m], the 64-bit counters.
-        key: 64-bit key, signed or unsigned.
+        key: 64-bit key, signed or unsigned; an int64 tensor without dimensions where code is compiled for any key.
         stream: Counter word 2: another one gives independent numbers under the same key.
 
     Returns:
@@ -50,7 +50,9 @@ def philox(index: Tensor, key: int, stream: int = 0) -> tuple[Tensor, Tensor, Te
     return c0, c1, c2, c3
 
 
-def noise_bytes(key: int, first_group: int, groups: int, group_size: int, device: torch.device) -> Tensor:
+def noise_bytes(
+    key: int | Tensor, first_group: int | Tensor, groups: int, group_size: int, device: torch.device
+) -> Tensor:
     """Random bytes of consecutive groups.
 
     Args:
@@ -61,19 +63,15 @@ def noise_bytes(key: int, first_group: int, groups: int, group_size: int, device
         device: Where to compute.
 
     Returns:
-        uint8 [R, G].
+        int32 [R, G], from 0 to 255.
     """
     columns = group_size // 16
-    index = torch.arange(first_group * columns, (first_group + groups) * columns, device=device)
-    words = torch.empty(groups, 4, columns, dtype=torch.int32, device=device)
-    for w, word in enumerate(philox(index, key)):
-        words[:, w] = word.view(groups, columns)
+    index = torch.arange(groups * columns, device=device).add_(first_group * columns)
+    w0, w1, w2, w3 = (word.view(groups, columns).to(torch.int32) for word in philox(index, key))
     # Word 2h + w, byte 2t + b of a block: element (4t + 2w + b, h) of 8 sub-blocks in halves.
-    drawn = torch.empty(groups, 2, 2, 2, 2, columns, dtype=torch.uint8, device=device)
-    halves = words.view(groups, 2, 2, columns).transpose(1, 2)
-    for byte in range(4):
-        drawn[:, byte // 2, :, byte % 2] = halves >> 8 * byte
-    return drawn.view(groups, group_size)
+    words = torch.stack((w0, w2, w1, w3), 1).view(groups, 1, 2, 1, 2, columns)
+    shifts = torch.tensor(((0, 8), (16, 24)), dtype=torch.int32, device=device).view(2, 1, 2, 1, 1)
+    return (words >> shifts).bitwise_and_(0xFF).view(groups, group_size)
 
 
 def uniform_noise(key: int, first_group: int, groups: int, group_size: int, device: torch.device) -> Tensor:

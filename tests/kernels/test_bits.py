@@ -15,8 +15,8 @@ BITS = (1, 2, 3, 4, 8)
 def test_layout_and_round_trip(bits, group_size):
     columns = group_size // 8
     codes = torch.randint(0, 1 << bits, (3, group_size), dtype=torch.uint8)
-    packed = torch.empty(3, bits, columns, dtype=torch.uint8)
-    pack(codes, bits, packed)
+    packed = pack(codes, bits)
+    assert packed.shape == (3, bits, columns)
     for r in range(3):
         for c in range(columns):
             word = sum(int(codes[r, s * columns + c]) << bits * s for s in range(8))

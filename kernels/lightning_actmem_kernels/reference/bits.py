@@ -11,22 +11,25 @@ import torch
 from torch import Tensor
 
 
-def pack(codes: Tensor, bits: int, out: Tensor) -> None:
+def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack codes below 2**bits.
 
     Args:
         codes: uint8 [R, G].
         bits: Bits per code b.
-        out: uint8 [R, b, G/8], written to.
+
+    Returns:
+        uint8 [R, b, G/8], newly allocated.
     """
     planes = codes.view(codes.shape[0], 8, -1)
     if 8 % bits:
-        return _pack_straddling(planes, bits, out)
+        return _pack_straddling(planes, bits)
     per_byte = 8 // bits
     planes = planes.view(codes.shape[0], bits, per_byte, -1)
-    out.copy_(planes[:, :, 0])
+    packed = planes[:, :, 0].clone()
     for place in range(1, per_byte):
-        out.bitwise_or_(planes[:, :, place] << bits * place)
+        packed.bitwise_or_(planes[:, :, place] << bits * place)
+    return packed
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
@@ -39,32 +42,22 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     Returns:
         uint8 [R, G], newly allocated.
     """
-    groups, _, columns = packed.shape
-    planes = packed.new_empty(groups, 8, columns)
     if 8 % bits:
-        _unpack_straddling(packed, bits, planes)
-    else:
-        per_byte = 8 // bits
-        by_byte = planes.view(groups, bits, per_byte, columns)
-        for place in range(per_byte):
-            torch.bitwise_right_shift(packed, bits * place, out=by_byte[:, :, place])
-        if per_byte > 1:
-            planes.bitwise_and_((1 << bits) - 1)
-    return planes.view(groups, -1)
+        return _unpack_straddling(packed, bits).view(packed.shape[0], -1)
+    places = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device).unsqueeze(1)
+    return (packed.unsqueeze(2) >> places).bitwise_and_((1 << bits) - 1).view(packed.shape[0], -1)
 
 
-def _pack_straddling(planes: Tensor, bits: int, out: Tensor) -> None:
+def _pack_straddling(planes: Tensor, bits: int) -> Tensor:
     # Codes of 3 bits cross byte borders: build the 24-bit word of each column, then cut it.
     word = planes[:, 0].to(torch.int32)
     for s in range(1, 8):
         word.bitwise_or_(planes[:, s].to(torch.int32) << bits * s)
-    for p in range(bits):
-        out[:, p] = word >> 8 * p
+    return torch.stack([(word >> 8 * p).to(torch.uint8) for p in range(bits)], 1)
 
 
-def _unpack_straddling(packed: Tensor, bits: int, planes: Tensor) -> None:
+def _unpack_straddling(packed: Tensor, bits: int) -> Tensor:
     word = packed[:, 0].to(torch.int32)
     for p in range(1, bits):
         word.bitwise_or_(packed[:, p].to(torch.int32) << 8 * p)
-    for s in range(8):
-        planes[:, s] = (word >> bits * s).bitwise_and_((1 << bits) - 1)
+    return torch.stack([((word >> bits * s) & ((1 << bits) - 1)).to(torch.uint8) for s in range(8)], 1)

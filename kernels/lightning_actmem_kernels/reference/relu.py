@@ -46,9 +46,8 @@ def encode(flat: Tensor, bits: int, group_size: int, rounding: str, key: int) ->
             v.add_(uniform_noise(key, first, last - first, group_size, flat.device))
         # Level 2**bits - 2 plus one at most, without a clamp, as in uniform.py.
         q = v.to(torch.int32).to(torch.uint8).add_(1).mul_(x > 0)
-        pack(q, bits, codes[first:last])
         # A group without a step stores zeros.
-        codes[first:last].mul_((step == step).unsqueeze(2))
+        codes[first:last] = pack(q, bits).mul_((step == step).unsqueeze(2))
     return codes, steps
 
 

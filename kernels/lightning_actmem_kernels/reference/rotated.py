@@ -78,11 +78,9 @@ def encode(flat: Tensor, bits: int, group_size: int, centre: bool, key: int) -> 
         index, scale = _quantise(z, bits)
         scale = round_nearest(scale.mul_(unit)) >> 16
         scales[first:last, 0] = torch.where(sound, scale, NAN_BF16)
-        packed = torch.empty(1, bits, z.numel() // 8, dtype=torch.uint8, device=z.device)
-        pack(index.view(1, -1), bits, packed)
         # A group that is not finite stores zeros.
-        packed.view(bits, -1, last - first).mul_(sound)
-        codes[first:last] = packed.view(bits, -1, last - first).permute(2, 0, 1)
+        packed = pack(index.view(1, -1), bits).view(bits, -1, last - first).mul_(sound)
+        codes[first:last] = packed.permute(2, 0, 1)
     return codes, scales
 
 

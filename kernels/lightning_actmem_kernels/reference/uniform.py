@@ -19,6 +19,7 @@ from ..noise import noise_bytes
 from .bf16 import HIGH_HALF, LOW_HALF, inverse, round_down, step_bits
 from .bits import pack, unpack
 from .chunks import group_chunks, group_count, load_groups, store_groups
+from .compiled import run
 
 MAGIC = 2.0**23  # added to a float32 from 0 to 2**22, it rounds it to an integer in the low bits
 
@@ -41,18 +42,7 @@ def encode(flat: Tensor, bits: int, group_size: int, rounding: str, key: int) ->
     grids = torch.empty(groups, dtype=torch.int32, device=flat.device)
     for first, last in group_chunks(flat.numel(), group_size, flat.device):
         x = load_groups(flat, first, last, group_size)
-        grids[first:last] = _grid(x, bits)
-        step, lo = _step_and_minimum(grids[first:last])
-        # The magic number leaves v in the low half of the mantissa. No clamp is needed: three roundings at most take v
-        # above the top level (by 0.02), which the rounding to nearest takes back, so v + r < 256 * 2**bits.
-        v = (x - lo).mul_(inverse(step).mul_(256.0)).add_(MAGIC).view(torch.int32).bitwise_and_(LOW_HALF)
-        if rounding == "nearest":
-            v.add_(128)
-        else:
-            v.add_(noise_bytes(key, first, last - first, group_size, flat.device))
-        pack(v.bitwise_right_shift_(8).to(torch.uint8), bits, codes[first:last])
-        # A group without a grid stores zeros.
-        codes[first:last].mul_((step == step).unsqueeze(2))
+        codes[first:last], grids[first:last] = run(encode_groups, (x,), (bits, rounding), x.numel(), key, first)
     return codes, grids
 
 
@@ -74,15 +64,40 @@ def decode(codes: Tensor, grids: Tensor, bits: int, rounding: str, key: int, num
     group_size = 8 * codes.shape[2]
     flat = torch.empty(numel, dtype=dtype, device=codes.device)
     for first, last in group_chunks(numel, group_size, codes.device):
-        step, lo = _step_and_minimum(grids[first:last])
-        q = unpack(codes[first:last], bits).to(torch.float32)
-        if rounding == "dither":
-            fine = step * (1 / 256)
-            q.mul_(256.0).add_(255.0).sub_(noise_bytes(key, first, last - first, group_size, codes.device))
-            store_groups(q.mul_(fine).add_(lo - fine * 127.5), flat, first)
-        else:
-            store_groups(q.mul_(step).add_(lo), flat, first)
+        data = (codes[first:last], grids[first:last])
+        values = run(decode_groups, data, (bits, rounding), (last - first) * group_size, key, first)
+        store_groups(values, flat, first)
     return flat
+
+
+def encode_groups(x: Tensor, bits: int, rounding: str, key: int | Tensor, first: int | Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and grids of groups x [R, G], `first` being the index of the first one; x is not written to."""
+    groups, group_size = x.shape
+    grids = _grid(x, bits)
+    step, lo = _step_and_minimum(grids)
+    # The magic number leaves v in the low half of the mantissa. No clamp is needed: three roundings at most take v
+    # above the top level (by 0.02), which the rounding to nearest takes back, so v + r < 256 * 2**bits.
+    v = (x - lo).mul_(inverse(step).mul_(256.0)).add_(MAGIC).view(torch.int32).bitwise_and_(LOW_HALF)
+    if rounding == "nearest":
+        v.add_(128)
+    else:
+        v.add_(noise_bytes(key, first, groups, group_size, x.device))
+    codes = pack(v.bitwise_right_shift_(8).to(torch.uint8), bits)
+    # A group without a grid stores zeros.
+    return codes.mul_((step == step).unsqueeze(2)), grids
+
+
+def decode_groups(
+    codes: Tensor, grids: Tensor, bits: int, rounding: str, key: int | Tensor, first: int | Tensor
+) -> Tensor:
+    """Values, float32 [R, G], of what `encode_groups` returned."""
+    step, lo = _step_and_minimum(grids)
+    q = unpack(codes, bits).to(torch.float32)
+    if rounding != "dither":
+        return q.mul_(step).add_(lo)
+    fine = step * (1 / 256)
+    q.mul_(256.0).add_(255.0).sub_(noise_bytes(key, first, q.shape[0], q.shape[1], codes.device))
+    return q.mul_(fine).add_(lo - fine * 127.5)
 
 
 def _grid(x: Tensor, bits: int) -> Tensor:
