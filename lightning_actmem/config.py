@@ -30,10 +30,10 @@ class ActMemConfig:
     Args:
         bits: Bits per stored activation element: 1, 2, 3, 4 or 8; 32 is lossless, bit-equal to plain training: floats
             stay as they are, masks and indices shrink.
-        codec: ``"auto"`` (rotated at 1 and 2 bits, min-max groups from 3, and a code that keeps exact zeros for ReLU
-            outputs), ``"uniform"`` (min-max groups for every activation), ``"rotated"`` (random rotation within
-            groups, at 1 to 4 bits) or ``"identity"`` (a lossless copy: exercises the whole packing path, saves
-            nothing; for debugging).
+        codec: ``"auto"`` (rotated at 1 and 2 bits, min-max groups from 3), ``"uniform"`` (min-max groups),
+            ``"rotated"`` (random rotation within groups, at 1 to 4 bits) or ``"identity"`` (a lossless copy:
+            exercises the whole packing path, saves nothing; for debugging). Outputs of a ReLU always get a code that
+            keeps zeros exact.
         group_size: Consecutive elements that share one minimum and step: a power of two from 32 to 1024.
         rounding: ``"dither"`` (subtractive dither: unbiased, half the variance of stochastic rounding),
             ``"stochastic"`` or ``"nearest"`` (biased; for comparison).

@@ -221,11 +221,11 @@ def _codecs(config: ActMemConfig, derive: bool) -> Codecs:
         codec = "rotated" if bits in _codec_bits(config.codec) else "uniform"
         return CodecSpec(codec, bits, config.group_size, config.rounding)
 
-    # One bit would leave a ReLU's output its sign and no value.
+    # With any other code a ReLU would pass gradient where it must not. One bit would leave it its sign and no value.
     relu = CodecSpec("relu", max(config.bits, _RELU_MIN_BITS), config.group_size, config.rounding)
     return Codecs(
         general=general(config.bits),
-        relu=relu if config.codec == "auto" else general(config.bits),
+        relu=relu,
         attention=general(max(config.bits, config.attention_bits)) if derive else None,
         loss=general(max(config.bits, config.loss_bits)),
         smallest=True,

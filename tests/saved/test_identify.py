@@ -168,8 +168,11 @@ def test_relu_outputs_take_two_bits_when_one_is_asked() -> None:
     assert codec_of("relu", "relu", bits=1) == {"relu-2"}
 
 
-def test_uniform_codec_is_for_everything() -> None:
-    assert codec_of("relu", "relu", codec="uniform") == {"uniform-4"}
+@pytest.mark.parametrize("codec", ["uniform", "rotated"])
+def test_relu_outputs_keep_their_own_code(codec: str) -> None:
+    """With a dithered or rotated zero half of the blocked gradient would pass."""
+    assert codec_of("relu", "relu", codec=codec) == {"relu-4"}
+    assert codec_of("gelu", "gelu", codec=codec) == {f"{codec}-4"}
 
 
 def test_without_inputs_a_tensor_without_gradient_is_taken_for_one() -> None:
