@@ -150,6 +150,9 @@ class Packed:
         """Return the tensor: same dtype, shape, strides and device as the one that was saved."""
         return self.payload.cache.decode(self.payload).as_strided(self._size, self._stride, self._offset)
 
+    def __del__(self) -> None:
+        self.payload.uses -= 1
+
 
 class PackedCompact:
     """A tensor with gaps in memory (one chunk of a larger one), stored without them.
@@ -171,6 +174,9 @@ class PackedCompact:
     def restore(self) -> Tensor:
         """Return the tensor: same dtype, shape, strides and device as the one that was saved."""
         return self._layout.unflatten(self.payload.cache.decode(self.payload))
+
+    def __del__(self) -> None:
+        self.payload.uses -= 1
 
 
 class Stand:
@@ -234,7 +240,7 @@ class AnyPayload(Protocol):
         numel: Elements of the segment.
         bits: Least bits that anything behind it was stored at; `EXACT_BITS` if it comes back exactly.
         depth: Operations that run to get it.
-        uses: Handles that have been made of it.
+        uses: Handles of it that are alive.
         cache: Remembers the last segments.
     """
 
@@ -249,8 +255,8 @@ class AnyPayload(Protocol):
         ...
 
 
-# Below these many uses, remembering a segment costs more peak memory than decoding it again costs time: an activation's
-# input is asked for twice, once to derive its output.
+# With fewer handles alive, remembering a segment costs more peak memory than decoding it again costs time: the input of
+# an activation is asked for twice, once to derive its output.
 _USES_OF_DERIVED = 2
 _USES_OF_STORED = 3
 
@@ -267,18 +273,26 @@ class DecodeCache:
 
     def __init__(self, capacity: int = 2) -> None:
         self._capacity = capacity
-        self._segments: OrderedDict[int, tuple[ReferenceType[AnyPayload], Tensor]] = OrderedDict()
+        self._segments: OrderedDict[int, tuple[ReferenceType[AnyPayload], Tensor, int, int]] = OrderedDict()
 
     def decode(self, payload: AnyPayload) -> Tensor:
         """Return a payload's segment, decoded now or lately."""
         number = id(payload)
         entry = self._segments.get(number)
-        if entry is not None and entry[1]._version == 0:  # nobody has changed it in place
-            return entry[1]
+        if entry is not None:
+            _, segment, version, stream = entry
+            if segment._version == version and stream == _stream(segment):  # unchanged, and ready for who asks
+                return segment
         segment = payload.decode()
         if payload.uses < (_USES_OF_DERIVED if payload.depth else _USES_OF_STORED):
             return segment
-        self._segments[number] = ref(payload, lambda _: self._segments.pop(number, None)), segment
+        forget = ref(payload, lambda _: self._segments.pop(number, None))
+        self._segments[number] = forget, segment, segment._version, _stream(segment)
         while len(self._segments) > self._capacity:
             self._segments.popitem(last=False)
         return segment
+
+
+def _stream(tensor: Tensor) -> int:
+    """Return the identity of the current stream of the tensor's device: work on another one may not see it yet."""
+    return int(torch.cuda.current_stream(tensor.device).cuda_stream) if tensor.is_cuda else 0

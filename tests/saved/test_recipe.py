@@ -1,0 +1,63 @@
+"""Recipes: arguments with slots, filled again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_actmem.saved.recipe import Autocast, Recipe, changes_first_argument, tensors_of, with_slots
+
+A, B = torch.randn(4, 4), torch.randn(4, 4)
+CALLS: list[tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]] = [
+    (torch.add, (A, B), {"alpha": 2}),
+    (torch.cat, ([A, B], 1), {}),
+    (torch.stack, ((A, B),), {"dim": 1}),
+    (F.layer_norm, (A, (4,)), {"weight": B[0], "bias": B[1]}),
+    (torch.where, (A > 0, A, 0.5), {}),
+    (Tensor.to, (A, torch.bfloat16), {}),
+    (F.gelu, (), {"input": A, "approximate": "tanh"}),
+]
+
+
+@pytest.mark.parametrize(("function", "arguments", "keywords"), CALLS)
+def test_a_call_can_be_run_again(function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    state = Autocast.now("cpu")
+    assert state is not None
+    slots, named_slots = with_slots((arguments, keywords))
+    recipe = Recipe(function, slots, named_slots, state)
+    tensors = list(tensors_of([arguments, keywords]))
+    assert torch.equal(recipe.run(tensors), function(*arguments, **keywords))
+    assert not list(tensors_of([slots, named_slots]))
+
+
+def test_an_operation_in_place_runs_on_a_copy() -> None:
+    state = Autocast.now("cpu")
+    assert state is not None
+    slots, _ = with_slots(((A, 2), {}))
+    before = A.clone()
+    assert torch.equal(Recipe(Tensor.mul_, slots, {}, state, inplace=True).run([A]), before * 2)
+    assert torch.equal(A, before)
+
+
+@pytest.mark.parametrize(
+    ("function", "keywords", "inplace"),
+    [
+        (Tensor.add_, {}, True),
+        (Tensor.__iadd__, {}, True),
+        (Tensor.__add__, {}, False),
+        (F.relu, {"inplace": True}, True),
+        (F.relu, {"inplace": False}, False),
+        (torch.relu, {}, False),
+    ],
+)
+def test_operations_in_place_are_known(function: Any, keywords: dict[str, Any], inplace: bool) -> None:
+    assert changes_first_argument(function, keywords) is inplace
+
+
+def test_autocast_is_none_where_there_is_none() -> None:
+    assert Autocast.now("meta") is None
