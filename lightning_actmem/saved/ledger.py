@@ -74,7 +74,7 @@ class Ledger:
 
     def start_step(self) -> None:
         """Begin a new step: peaks start from what is alive, sites from nothing."""
-        self._settle()
+        self.settle()
         self.peak_saved_bytes = self.live_saved_bytes
         self.peak_raw_bytes = self.live_raw_bytes
         self.pack_ns = 0
@@ -83,7 +83,10 @@ class Ledger:
 
     def settle(self) -> None:
         """Bring the live figures up to date with what has died."""
-        self._settle()
+        while self._released:
+            saved_bytes, raw_bytes = self._released.popleft()
+            self.live_saved_bytes -= saved_bytes
+            self.live_raw_bytes -= raw_bytes
 
     def record(self, site: Site, kind: str, codec: str, raw_bytes: int, saved_bytes: int, elements: int) -> None:
         """Book one saved tensor on its site."""
@@ -97,16 +100,10 @@ class Ledger:
 
     def _add(self, saved_bytes: int, raw_bytes: int) -> None:
         if self._released:
-            self._settle()
+            self.settle()
         self.live_saved_bytes += saved_bytes
         self.live_raw_bytes += raw_bytes
         if self.live_saved_bytes > self.peak_saved_bytes:
             self.peak_saved_bytes = self.live_saved_bytes
         if self.live_raw_bytes > self.peak_raw_bytes:
             self.peak_raw_bytes = self.live_raw_bytes
-
-    def _settle(self) -> None:
-        while self._released:
-            saved_bytes, raw_bytes = self._released.popleft()
-            self.live_saved_bytes -= saved_bytes
-            self.live_raw_bytes -= raw_bytes

@@ -43,6 +43,7 @@ class LayerScope:
         self._suspend = suspend
         self._root: nn.Module | None = None
         self._modules: list[nn.Module] = []
+        self._compiled: list[str] = []
         self._calls: list[tuple[dict[str, Any], _ScopedForward | _SuspendedForward]] = []
 
     @property
@@ -75,6 +76,11 @@ class LayerScope:
         """Let go of the modules that were followed last."""
         self._prepare(None)
 
+    def compiled_layers(self, root: nn.Module) -> list[str]:
+        """Return the paths of the outermost compiled submodules of ``root``."""
+        self._prepare(root)
+        return self._compiled
+
     def _prepare(self, root: nn.Module | None) -> None:
         """List the submodules again only when the tree has changed since the last step."""
         modules = [] if root is None else _tree(root)
@@ -84,6 +90,7 @@ class LayerScope:
         named = () if root is None else root.named_modules()
         skip = "\0"
         self._calls = []
+        self._compiled = []
         for layer, module in named:
             if isinstance(module, nn.DataParallel):
                 skip = f"{layer}." if layer else ""  # its replicas are copies that would run the original's forward
@@ -91,6 +98,7 @@ class LayerScope:
                 continue
             if is_compiled(module):
                 self._calls.append((vars(module), _SuspendedForward(module, self._suspend)))
+                self._compiled.append(layer)
                 skip = f"{layer}."
             else:
                 self._calls.append((vars(module), _ScopedForward(module, layer)))
