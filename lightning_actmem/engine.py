@@ -63,10 +63,11 @@ class ActMemEngine:
         derive = not self.config.lossless if self.config.derive is None else self.config.derive
         if derive:
             self._tracker.replacements[F.scaled_dot_product_attention] = self._attention
+        self._store = Store(self._scope, self.ledger, _backend(self.config.backend))
         self._hooks = SavedTensorHooks(
             self._tracker,
             self._scope,
-            Store(self._scope, self.ledger, _backend(self.config.backend)),
+            self._store,
             Identifier(self._tracker, _codecs(self.config, derive), self.config.min_elements, self.config.exact),
             derive,
         )

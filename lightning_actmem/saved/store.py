@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from time import perf_counter_ns
 
 from torch import Tensor, UntypedStorage
@@ -38,6 +39,8 @@ class Store:
         self._ledger = ledger
         self._backend = backend
         self.cache = DecodeCache()
+        #: The codec of single sites, where somebody has chosen one; ``None`` keeps the tensor as it is.
+        self.plan: Mapping[Site, CodecSpec | None] = {}
         self._borrowed_seen: set[int] = set()
         self._noise = 0
 
@@ -80,14 +83,17 @@ class Store:
         """Store a tensor by the verdict's codec, or by reference where that costs no more."""
         storage = tensor.untyped_storage()
         layout = Layout.of(tensor)
+        site = self.site(verdict)
         spec = verdict.spec
+        if spec is not None and not spec.lossless:
+            spec = self.plan.get(site, spec)
         if spec is None and verdict.versioned and storage.nbytes() >= _CLONE_FACTOR * tensor.nbytes:
             spec = IDENTITY
         if layout is None or spec is None or _is_no_smaller(spec, layout, tensor, storage):
-            return self.keep(tensor, entry, verdict)
-        return self._encode(tensor, entry, verdict, spec, layout)
+            return self._keep(tensor, entry, verdict, site)
+        return self._encode(tensor, entry, verdict, site, spec, layout)
 
-    def keep(self, tensor: Tensor, entry: StoredStorage, verdict: Verdict) -> Handle:
+    def _keep(self, tensor: Tensor, entry: StoredStorage, verdict: Verdict, site: Site) -> Handle:
         """Keep a tensor by reference; its storage is booked once."""
         storage = tensor.untyped_storage()
         raw, raw_bytes = self._raw_charge(storage, entry)
@@ -98,7 +104,8 @@ class Store:
         handle = Kept(tensor, verdict.versioned, (held, raw))
         if verdict.versioned:
             entry.add_kept(handle, held)
-        self._book(verdict, "exact", raw_bytes, saved_bytes, raw_bytes // tensor.element_size())
+        elements = raw_bytes // tensor.element_size()
+        self._ledger.record(site, verdict.kind, "exact", raw_bytes, saved_bytes, elements)
         return handle
 
     def mask(self, mask: Tensor, site: Site) -> tuple[Handle, int]:
@@ -123,9 +130,8 @@ class Store:
         self._ledger.record(site, verdict.kind, codec, raw_bytes, saved_bytes, raw_bytes // tensor.element_size())
 
     def _encode(
-        self, tensor: Tensor, entry: StoredStorage, verdict: Verdict, spec: CodecSpec, layout: Layout
+        self, tensor: Tensor, entry: StoredStorage, verdict: Verdict, site: Site, spec: CodecSpec, layout: Layout
     ) -> Handle:
-        site = self.site(verdict)
         raw, raw_bytes = None, 0
         if verdict.kind != "copy":  # made for a recipe: plain autograd would not keep it
             raw, raw_bytes = self._raw_charge(tensor.untyped_storage(), entry)
