@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_actmem_kernels import CodecSpec, resolve_backend
 
+from .adapt.choose import CodecChooser
 from .config import LOSSLESS_BITS, ActMemConfig, ConfigLike
 from .errors import ActMemError, ActMemWarning
 from .report import StepReport, step_report
@@ -29,6 +30,9 @@ from .saved.stack import HookStack, in_checkpoint
 from .saved.store import Store
 
 _RELU_MIN_BITS = 2
+# At which widths a setting rotates. Measured on a GPT: half the gradient error of min-max groups at 2 bits, a quarter
+# at 1 bit, little less from 3 on.
+_ROTATED_BITS = {"auto": (1, 2), "measured": (1, 2), "rotated": (1, 2, 3, 4)}
 
 
 class ActMemEngine:
@@ -64,6 +68,8 @@ class ActMemEngine:
         if derive:
             self._tracker.replacements[F.scaled_dot_product_attention] = self._attention
         self._store = Store(self._scope, self.ledger, _backend(self.config.backend))
+        self._chooser = _chooser(self.config)
+        self._store.watch = self._chooser
         self._hooks = SavedTensorHooks(
             self._tracker,
             self._scope,
@@ -101,6 +107,8 @@ class ActMemEngine:
         self._active = True
         try:
             self.step += 1
+            if self._chooser is not None:
+                self._store.plan = self._chooser.read()
             self._hooks.start_step(borrowed, mix64(self.config.seed, self.rank, self.step))
             with self._scope.installed(module), self._stack.installed():
                 yield
@@ -137,8 +145,11 @@ class ActMemEngine:
         self._scope.release()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state: plain numbers, loadable with ``weights_only=True``."""
-        return {"version": 1, "step": self.step}
+        """Return the state: plain numbers and strings, loadable with ``weights_only=True``."""
+        state: dict[str, Any] = {"version": 1, "step": self.step}
+        if self._chooser is not None:
+            state["codecs"] = self._chooser.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where the state was taken: the same noise follows.
@@ -155,6 +166,8 @@ class ActMemEngine:
                 "Update lightning-actmem to the version that wrote the checkpoint, or newer."
             )
         self.step = int(state["step"])
+        if self._chooser is not None and "codecs" in state:
+            self._chooser.load_state_dict(state["codecs"])
 
     @contextmanager
     def _suspended(self) -> Iterator[None]:
@@ -219,8 +232,7 @@ def _codecs(config: ActMemConfig, derive: bool) -> Codecs:
     def general(bits: int) -> CodecSpec | None:
         if bits == LOSSLESS_BITS:
             return None
-        codec = "rotated" if bits in _codec_bits(config.codec) else "uniform"
-        return CodecSpec(codec, bits, config.group_size, config.rounding)
+        return CodecSpec(_codec(config.codec, bits), bits, config.group_size, config.rounding)
 
     # With any other code a ReLU would pass gradient where it must not. One bit would leave it its sign and no value.
     relu = CodecSpec("relu", max(config.bits, _RELU_MIN_BITS), config.group_size, config.rounding)
@@ -233,7 +245,15 @@ def _codecs(config: ActMemConfig, derive: bool) -> Codecs:
     )
 
 
-def _codec_bits(codec: str) -> tuple[int, ...]:
-    """Return the widths at which activations are rotated before they are rounded."""
-    # Measured on a GPT: half the gradient error of min-max groups at 2 bits, a quarter at 1 bit, little less from 3 on.
-    return {"auto": (1, 2), "rotated": (1, 2, 3, 4)}.get(codec, ())
+def _codec(setting: str, bits: int) -> str:
+    """Return the codec of activations at this width."""
+    if setting not in _ROTATED_BITS:
+        return setting
+    return "rotated" if bits in _ROTATED_BITS[setting] else "uniform"
+
+
+def _chooser(config: ActMemConfig) -> CodecChooser | None:
+    if config.codec != "measured" or config.lossless:
+        return None
+    settings = (config.bits, config.attention_bits, config.loss_bits, config.group_size, config.rounding)
+    return CodecChooser(settings, None if config.backend == "auto" else config.backend)

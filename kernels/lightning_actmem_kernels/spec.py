@@ -36,9 +36,9 @@ class CodecSpec:
 
     Args:
         codec: `uniform` (per-group min-max grid), `rotated` (random rotation to the levels of a normal distribution),
-            `relu` (grid whose level 0 is exactly zero), `bfp` (block floating point: signed mantissas under one power of
-            two per group), `fp8_e4m3` and `fp8_e5m2` (float8 under one power of two per group), `mask` (bool), `two_valued` (float in {0, s}), `integer`
-            (lossless narrowing) or `identity` (a copy).
+            `relu` (grid whose level 0 is exactly zero), `bfp` (block floating point: signed mantissas under one power
+            of two per group), `fp8_e4m3` and `fp8_e5m2` (float8 under one power of two per group), `mask` (bool),
+            `two_valued` (float in {0, s}), `integer` (lossless narrowing) or `identity` (a copy).
         bits: Bits per element. uniform: 1, 2, 3, 4, 8; rotated: 1, 2, 3, 4; relu and bfp: 2, 3, 4, 8; integer: 8,
             16, 32. The other codecs have one width (identity 32, fp8 8, mask and two_valued 1) and set it whatever is
             given.

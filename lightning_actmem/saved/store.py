@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from time import perf_counter_ns
+from typing import Protocol
 
 from torch import Tensor, UntypedStorage
 
@@ -21,6 +22,22 @@ from .site import Site, SiteTable
 IDENTITY = CodecSpec("identity")
 # A view by reference keeps its whole storage alive; from this many times its own size on, it is copied instead.
 _CLONE_FACTOR = 16
+
+
+class Watch(Protocol):
+    """Who wants to know of every tensor whose codec may be chosen."""
+
+    def put(self, tensor: Tensor, layout: Layout, site: Site, verdict: Verdict, spec: CodecSpec | None) -> None:
+        """Take note of a tensor that is about to be stored.
+
+        Args:
+            tensor: The tensor.
+            layout: Its layout.
+            site: Where it comes from.
+            verdict: What it is; ``verdict.spec`` is its codec without a plan.
+            spec: Its codec by the plan; ``None`` keeps it exact.
+        """
+        ...
 
 
 class Store:
@@ -41,6 +58,8 @@ class Store:
         self.cache = DecodeCache()
         #: The codec of single sites, where somebody has chosen one; ``None`` keeps the tensor as it is.
         self.plan: Mapping[Site, CodecSpec | None] = {}
+        #: Who wants to know of the tensors that a plan may speak of.
+        self.watch: Watch | None = None
         self._borrowed_seen: set[int] = set()
         self._noise = 0
 
@@ -85,8 +104,10 @@ class Store:
         layout = Layout.of(tensor)
         site = self.site(verdict)
         spec = verdict.spec
-        if spec is not None and not spec.lossless:
+        if verdict.spec is not None and not verdict.spec.lossless:
             spec = self.plan.get(site, spec)
+            if self.watch and layout is not None and not _is_no_smaller(verdict.spec, layout, tensor, storage):
+                self.watch.put(tensor, layout, site, verdict, spec)
         if spec is None and verdict.versioned and storage.nbytes() >= _CLONE_FACTOR * tensor.nbytes:
             spec = IDENTITY
         if layout is None or spec is None or _is_no_smaller(spec, layout, tensor, storage):
