@@ -65,7 +65,17 @@ def test_any_stream():
         _assert_same(a, b)
 
 
-@pytest.mark.parametrize("spec", [CodecSpec("uniform", 2), CodecSpec("relu", 2), CodecSpec("rotated", 1)], ids=str)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        CodecSpec("uniform", 2),
+        CodecSpec("relu", 2),
+        CodecSpec("rotated", 1),
+        CodecSpec("bfp", 2),
+        CodecSpec("fp8_e4m3"),
+    ],
+    ids=str,
+)
 def test_more_than_two_thousand_million_elements(spec):
     numel, group_size = (1 << 31) + 1000, 256
     if torch.cuda.mem_get_info()[0] < 6 * numel:
