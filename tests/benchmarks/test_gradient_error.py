@@ -1,4 +1,4 @@
-"""The table of gradient errors: bias and variance apart, rows for what a codec has, and what the repository's rows say."""
+"""The table of gradient errors: bias and variance apart, rows for what a codec has, and what the rows here say."""
 
 from __future__ import annotations
 
