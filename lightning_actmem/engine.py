@@ -17,6 +17,7 @@ from lightning_actmem_kernels import CodecSpec, resolve_backend
 from .adapt.choose import CodecChooser
 from .config import LOSSLESS_BITS, ActMemConfig, ConfigLike
 from .errors import ActMemError, ActMemWarning
+from .methods import DerivativeChains, Gate, InvertedActivations
 from .report import StepReport, step_report
 from .saved.attention import recomputed_attention
 from .saved.borrowed import Borrowed
@@ -33,6 +34,11 @@ _RELU_MIN_BITS = 2
 # At which widths a setting rotates. Measured on a GPT: half the gradient error of min-max groups at 2 bits, a quarter
 # at 1 bit, little less from 3 on.
 _ROTATED_BITS = {"auto": (1, 2), "measured": (1, 2), "rotated": (1, 2, 3, 4)}
+_METHODS: dict[str, type[DerivativeChains | InvertedActivations] | None] = {
+    "derive": None,
+    "derivative": DerivativeChains,
+    "inverted": InvertedActivations,
+}
 
 
 class ActMemEngine:
@@ -70,16 +76,21 @@ class ActMemEngine:
         self._store = Store(self._scope, self.ledger, _backend(self.config.backend))
         self._chooser = _chooser(self.config)
         self._store.watch = self._chooser
-        self._hooks = SavedTensorHooks(
-            self._tracker,
-            self._scope,
-            self._store,
-            Identifier(self._tracker, _codecs(self.config, derive), self.config.min_elements, self.config.exact),
-            derive,
+        self._identifier = Identifier(
+            self._tracker, _codecs(self.config, derive), self.config.min_elements, self.config.exact
         )
+        self._hooks = SavedTensorHooks(self._tracker, self._scope, self._store, self._identifier, derive)
         self._stack = HookStack(self._hooks.pack, self._hooks.unpack, self._tracker)
         self._active = False
         self._warned = False
+        method = _METHODS[self.config.activations]
+        self._method = (
+            None
+            if method is None
+            else method(self._tracker, self._store, Gate(self._may_replace, self.config.min_elements))
+        )
+        if self._method is not None:
+            self._tracker.replacements.update(self._method.replacements)
 
     @contextmanager
     def compress(self, module: nn.Module | None = None, *, inputs: Any = None) -> Iterator[None]:
@@ -122,6 +133,8 @@ class ActMemEngine:
         finally:
             self._active = False
             self._hooks.end_step()
+            if self._method is not None:
+                self._method.end_step()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -182,6 +195,10 @@ class ActMemEngine:
         if self._stack.is_innermost():
             return recomputed_attention(function, arguments, keywords)
         return function(*arguments, **keywords)
+
+    def _may_replace(self, operation: str) -> bool:
+        """Whether what an operation saves comes to these hooks, and may be rounded."""
+        return self._stack.is_innermost() and not self._identifier.keeps(operation, self._scope.frame)
 
     def _is_wholly_compiled(self, module: nn.Module | None) -> bool:
         if module is None or not is_compiled(module):

@@ -30,6 +30,7 @@ from lightning_actmem import ActMemConfig
         ({"group_size": 100}, r"group_size must be one of 32, .*, got 100"),
         ({"rounding": "up"}, r"rounding must be one of 'dither', 'stochastic', 'nearest', got 'up'"),
         ({"backend": "cuda"}, r"backend must be one of 'auto', 'triton', 'torch', got 'cuda'"),
+        ({"activations": "gelu"}, r"activations must be one of 'derive', 'derivative', 'inverted', got 'gelu'"),
         ({"seed": -1}, r"seed must be from 0 to 2\*\*31 - 1, got -1"),
         ({"min_elements": -1}, r"min_elements must be 0 or more, got -1"),
     ],

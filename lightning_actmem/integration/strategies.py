@@ -55,6 +55,7 @@ class ActMemStrategy(_ActMemMixin, SingleDeviceStrategy):
         seed: Seed of the rounding noise.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
         derive: Whether to compute again, instead of storing, what follows from a stored tensor.
+        activations: ``"derive"``, ``"derivative"`` or ``"inverted"``: what element-wise operations keep.
         attention_bits: Least bits for what attention multiplies.
         loss_bits: Least bits for what a loss saves.
         exact: Patterns of layers or operations that stay exact.
@@ -90,6 +91,7 @@ class ActMemStrategy(_ActMemMixin, SingleDeviceStrategy):
         seed: int | None = None,
         backend: str | None = None,
         derive: bool | None = None,
+        activations: str | None = None,
         attention_bits: int | None = None,
         loss_bits: int | None = None,
         exact: tuple[str, ...] | None = None,
@@ -116,6 +118,7 @@ class ActMemStrategy(_ActMemMixin, SingleDeviceStrategy):
             seed=seed,
             backend=backend,
             derive=derive,
+            activations=activations,
             attention_bits=attention_bits,
             loss_bits=loss_bits,
             exact=exact,
@@ -187,6 +190,7 @@ class ActMemDDPStrategy(_ActMemMixin, DDPStrategy):
         seed: Seed of the rounding noise.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
         derive: Whether to compute again, instead of storing, what follows from a stored tensor.
+        activations: ``"derive"``, ``"derivative"`` or ``"inverted"``: what element-wise operations keep.
         attention_bits: Least bits for what attention multiplies.
         loss_bits: Least bits for what a loss saves.
         exact: Patterns of layers or operations that stay exact.
@@ -212,6 +216,7 @@ class ActMemDDPStrategy(_ActMemMixin, DDPStrategy):
         seed: int | None = None,
         backend: str | None = None,
         derive: bool | None = None,
+        activations: str | None = None,
         attention_bits: int | None = None,
         loss_bits: int | None = None,
         exact: tuple[str, ...] | None = None,
@@ -229,6 +234,7 @@ class ActMemDDPStrategy(_ActMemMixin, DDPStrategy):
             seed=seed,
             backend=backend,
             derive=derive,
+            activations=activations,
             attention_bits=attention_bits,
             loss_bits=loss_bits,
             exact=exact,
