@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from time import perf_counter_ns
 from typing import Protocol
 
+import torch
 from torch import Tensor, UntypedStorage
 
 from lightning_actmem_kernels import CodecSpec, Layout, encode
@@ -130,16 +132,20 @@ class Store:
             self._ledger.record(site, verdict.kind, "exact", declared.raw_bytes, held.saved_bytes, elements)
             return Kept(tensor, charges=(held, *declared.charges))
         self._ledger.record(site, verdict.kind, _label(spec), declared.raw_bytes, 0, elements)
-        handle = Deferred(partial(self._encode_late, tensor, site, spec, layout), declared.charges)
+        stream = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+        handle = Deferred(partial(self._encode_late, tensor, site, spec, layout, stream), declared.charges)
         if declared.result is None:
             handle.settle()
         else:
             self.deferred.add(handle, declared.result)
         return handle
 
-    def _encode_late(self, tensor: Tensor, site: Site, spec: CodecSpec, layout: Layout) -> Handle:
-        """Encode a tensor that is on its site's row already."""
-        payload, saved_bytes = self._payload(tensor, spec, layout, site, None)
+    def _encode_late(
+        self, tensor: Tensor, site: Site, spec: CodecSpec, layout: Layout, stream: torch.cuda.Stream | None
+    ) -> Handle:
+        """Encode a tensor that is on its site's row already, on the stream that has made it and will read it."""
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            payload, saved_bytes = self._payload(tensor, spec, layout, site, None)
         self._ledger.sites[site].saved_bytes += saved_bytes
         entry = self.shared[tensor.untyped_storage()]
         return entry.add(Geometry.of(tensor), layout, payload)
