@@ -7,60 +7,76 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..saved.ledger import Charge
-from .rules import Bounds
-
-_LARGEST_WEIGHT = 2.0**64
+from .rules import Bounds, Curve
 
 
 class Factor(NamedTuple):
-    """The derivative of a chain's result with respect to one of its roots, element by element.
+    """The derivative of a chain's result with respect to one of its roots, element by element: ``weight * value``.
 
     Args:
         root: The root.
-        value: The derivative; a number as long as it is the same for all elements.
-        bounds: A range that it lies in whatever the root is, if there is one.
-        own: Whether the tensor was made for the chain: nobody else writes to it.
         versions: Of root and value, as they were.
+        weight: A number.
+        value: A tensor; ``None`` as long as the derivative is the same for all elements.
+        bounds: A range that the value lies in whatever the root is, if there is one.
+        own: Whether the value was made for the chain: nobody else writes to it.
     """
 
     root: Tensor
-    value: Tensor | float
-    bounds: Bounds | None
-    own: bool
     versions: tuple[int, int]
+    weight: float = 1.0
+    value: Tensor | None = None
+    bounds: Bounds | None = None
+    own: bool = True
 
     @staticmethod
-    def of(root: Tensor, value: Tensor | float, bounds: Bounds | None = None, own: bool = True) -> Factor:
-        """Make a factor of tensors as they are now."""
-        version = value._version if isinstance(value, Tensor) else 0
-        return Factor(root, value, bounds, own, (root._version, version))
-
-    @property
-    def constant(self) -> bool:
-        """Whether the derivative is the same for all elements."""
-        return not isinstance(self.value, Tensor)
+    def of(root: Tensor) -> Factor:
+        """The factor of a root itself."""
+        return Factor(root, (root._version, 0))
 
     @property
     def intact(self) -> bool:
-        """Whether neither root nor derivative has been changed in place."""
-        version = self.value._version if isinstance(self.value, Tensor) else 0
-        return self.versions == (self.root._version, version)
+        """Whether neither root nor value has been changed in place."""
+        return self.versions == (self.root._version, _version(self.value))
 
     def scaled(self, weight: float) -> Factor:
         """The factor of the result times a number."""
-        if weight == 1.0:
-            return self
-        return Factor.of(self.root, self.value * weight, scaled(self.bounds, weight))
+        return self._replace(weight=self.weight * weight)
 
     def times(self, other: Tensor) -> Factor:
         """The factor of the result times a tensor that does not depend on the root."""
-        if self.constant and self.value == 1.0:
-            return Factor.of(self.root, other, own=False)
-        return Factor.of(self.root, other * self.value)
+        if self.value is None:
+            return self._with(other, own=False)
+        return self._with(self.value * other)
 
     def plus(self, other: Factor) -> Factor:
         """The factor of the sum of two results with the same root."""
-        return Factor.of(self.root, self.value + other.value)
+        if self.value is None and other.value is None:
+            return self._replace(weight=self.weight + other.weight)
+        total = self._product() + other._product()
+        assert isinstance(total, Tensor), "one of the two is a tensor"
+        return self._with(total)._replace(weight=1.0)
+
+    def through(self, curve: Curve, x: Tensor, y: Tensor) -> Factor:
+        """The factor of a function of the result.
+
+        Args:
+            curve: The function.
+            x: The result.
+            y: Its function, of the same dtype.
+        """
+        if self.value is not None:
+            return self._with(curve.chain(self.value, x, y))
+        if curve.multiple is not None:
+            return self._with(x.detach(), own=False).scaled(curve.multiple)
+        one = y.new_ones(()).expand_as(y)  # takes no memory
+        return self._with(curve.chain(one, x, y), curve.bounds)
+
+    def _product(self) -> Tensor | float:
+        return self.weight if self.value is None else self.value * self.weight
+
+    def _with(self, value: Tensor, bounds: Bounds | None = None, own: bool = True) -> Factor:
+        return Factor(self.root, (self.versions[0], value._version), self.weight, value, bounds, own)
 
 
 class Chain(NamedTuple):
@@ -75,17 +91,9 @@ class Chain(NamedTuple):
     charges: tuple[Charge, ...] = ()
 
     @property
-    def constant(self) -> bool:
+    def linear(self) -> bool:
         """Whether it is linear in its roots: then autograd itself keeps nothing."""
-        return all(factor.constant for factor in self.factors)
-
-
-def scaled(bounds: Bounds | None, weight: float) -> Bounds | None:
-    """Return the range of values in ``bounds`` times a number, unless it is too wide or narrow for float32."""
-    if bounds is None or not 1 / _LARGEST_WEIGHT < abs(weight) < _LARGEST_WEIGHT:
-        return None
-    low, high = sorted(weight * bound for bound in bounds)
-    return low, high
+        return all(factor.value is None for factor in self.factors)
 
 
 def merged(*parts: tuple[Factor, ...]) -> tuple[Factor, ...]:
@@ -100,3 +108,7 @@ def merged(*parts: tuple[Factor, ...]) -> tuple[Factor, ...]:
 def root_count(*chains: Chain) -> int:
     """Return how many roots chains have together."""
     return len({id(factor.root) for chain in chains for factor in chain.factors})
+
+
+def _version(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor._version

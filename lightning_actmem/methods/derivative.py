@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 
 from ..saved.declared import Declared
-from ..saved.ledger import Charge
 from ..saved.operation import OperationTracker
 from ..saved.store import Store
-from .chain import Chain, Factor, merged, root_count, scaled
+from .chain import Chain, Factor, merged, root_count
 from .gate import Gate
 from .once import require_first_order
 from .rules import RULES, Curve, Form, Product, Sum, operands
@@ -76,15 +75,14 @@ class DerivativeChains:
         chains = [self._chain(tensor) for tensor in tensors]
         if not _goes_on(form, chains):
             return function(*arguments, **keywords)
-        if isinstance(form, Sum) and all(chain.constant for chain in chains):
+        if isinstance(form, Sum) and all(chain.linear for chain in chains):
             result = function(*arguments, **keywords)
-            self._note(result, Chain(_sum(form, chains)))
+            self._note(result, Chain(_factors(form, chains)))
             return result
         with _plainly(tensors[0]):
             result = function(*arguments, **keywords)
-            factors = _sum(form, chains) if isinstance(form, Sum) else _product(form, chains)
-        charges, raw_bytes = self._store.raw_charges(_saved_by_autograd(form))
-        return self._replaced(result, factors, _charges(chains, charges), raw_bytes)
+            factors = _factors(form, chains)
+        return self._replaced(result, factors, chains, _saved_by_autograd(form))
 
     def _form(self, function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Form | None:
         """Return what a call computes, or ``None`` when it is to be left alone."""
@@ -105,9 +103,8 @@ class DerivativeChains:
         if result.dtype != x.dtype:  # autocast
             chain = _root(x)
         with _plainly(result):
-            factors = tuple(_through(form, factor, x.to(result.dtype), result) for factor in chain.factors)
-        charges, raw_bytes = self._store.raw_charges((result if form.saves_result else x,))
-        return self._replaced(result, factors, _charges([chain], charges), raw_bytes)
+            factors = tuple(factor.through(form, x.to(result.dtype), result) for factor in chain.factors)
+        return self._replaced(result, factors, [chain], (result if form.saves_result else x,))
 
     def _chain(self, tensor: Tensor) -> Chain:
         """Return the chain that a tensor is the result of, or the one that begins with it."""
@@ -120,33 +117,31 @@ class DerivativeChains:
         return found.chain
 
     def _replaced(
-        self, result: Tensor, factors: tuple[Factor, ...], charges: tuple[Charge, ...], raw_bytes: int
+        self, result: Tensor, factors: tuple[Factor, ...], chains: list[Chain], saved: tuple[Tensor, ...]
     ) -> Tensor:
         """Make the result a node of autograd's graph that leads to the roots."""
-        values = tuple(factor.value for factor in factors)
-        with self._declaring(result, factors, charges, raw_bytes):
-            roots = (factor.root for factor in factors)
-            result = _apply(self._tracker.name(), [result], values, *roots)
-        self._note(result, Chain(factors, charges))
+        charges = [charge for chain in chains for charge in chain.charges]
+        raw_bytes = 0
+        if any(factor.own for factor in factors):  # a tensor that autograd would keep, too, is booked as such
+            more, raw_bytes = self._store.raw_charges(saved)
+            charges += more
+        chain = Chain(factors, tuple(dict.fromkeys(charges)))
+        with self._declaring(result, chain, raw_bytes):
+            values = tuple((factor.weight, factor.value) for factor in factors)
+            result = _apply(self._tracker.name(), [result], values, *(factor.root for factor in factors))
+        self._note(result, chain)
         return result
 
     @contextmanager
-    def _declaring(
-        self, result: Tensor, factors: tuple[Factor, ...], charges: tuple[Charge, ...], raw_bytes: int
-    ) -> Iterator[None]:
-        """Tell the pack hook what the factors are; what plain autograd would keep is booked on the first."""
+    def _declaring(self, result: Tensor, chain: Chain, raw_bytes: int) -> Iterator[None]:
+        """Tell the pack hook what the factors are; what plain autograd would keep is booked on the first own one."""
         declared = self._tracker.declared
-        for factor in factors:
-            if isinstance(factor.value, Tensor):
-                first = factor.own and not any(known.charges for known in declared.values())
-                declared[factor.value.untyped_storage()._cdata] = Declared(
-                    "derivative",
-                    factor.bounds,
-                    factor.own,
-                    result,
-                    charges if first else (),
-                    raw_bytes if first else 0,
-                )
+        booked = False
+        for _, _, _, value, bounds, own in chain.factors:
+            if value is not None:
+                books, booked = own and not booked, booked or own
+                booking = (chain.charges, raw_bytes) if books else ((), 0)
+                declared[value.untyped_storage()._cdata] = Declared("derivative", bounds, own, result, *booking)
         try:
             yield
         finally:
@@ -165,7 +160,7 @@ class _Elementwise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, operation: str, result: list[Tensor], values: tuple[Tensor | float, ...], *roots: Tensor
+        ctx: Any, operation: str, result: list[Tensor], values: tuple[tuple[float, Tensor | None], ...], *roots: Tensor
     ) -> Tensor:
         """Save the derivatives.
 
@@ -173,12 +168,12 @@ class _Elementwise(torch.autograd.Function):
             ctx: Autograd's context.
             operation: Name of the operation.
             result: What it returned, in a list: as an argument of its own autograd would take it for an input.
-            values: Its derivatives with respect to the roots.
+            values: Its derivatives with respect to the roots, as weight and tensor.
             *roots: The roots.
         """
         ctx.operation = operation
-        ctx.numbers = [None if isinstance(value, Tensor) else value for value in values]
-        ctx.save_for_backward(*(value for value in values if isinstance(value, Tensor)))
+        ctx.weights = [(weight, value is not None) for weight, value in values]
+        ctx.save_for_backward(*(value for _, value in values if value is not None))
         return result[0]
 
     @staticmethod
@@ -187,49 +182,38 @@ class _Elementwise(torch.autograd.Function):
         (grad,) = grads
         require_first_order(ctx.operation, "derivative")
         saved = iter(ctx.saved_tensors)
-        values = [next(saved) if number is None else number for number in ctx.numbers]
-        needed = ctx.needs_input_grad[3:]
-        return None, None, None, *(grad * value if need else None for value, need in zip(values, needed, strict=True))
+        results: list[Tensor | None] = []
+        for needed, (weight, varies) in zip(ctx.needs_input_grad[3:], ctx.weights, strict=True):
+            result = grad * next(saved) if varies else grad
+            results.append((result if weight == 1.0 else result * weight) if needed else None)
+        return None, None, None, *results
 
 
 _apply: Callable[..., Tensor] = _Elementwise.apply
 
 
 def _root(tensor: Tensor) -> Chain:
-    return Chain((Factor.of(tensor, 1.0),) if tensor.requires_grad else ())
+    return Chain((Factor.of(tensor),) if tensor.requires_grad else ())
 
 
 def _goes_on(form: Form, chains: list[Chain]) -> bool:
     """Whether the result as a function of the roots takes no more tensors than as a function of the operands."""
     roots = root_count(*chains)
     if isinstance(form, Product):
-        begun = any(not chain.constant for chain in chains)
+        begun = any(not chain.linear for chain in chains)
         return roots <= 2 and (begun or (roots == 1 and all(chain.factors for chain in chains)))
     return roots <= max(len(chain.factors) for chain in chains)
 
 
-def _sum(form: Sum, chains: list[Chain]) -> tuple[Factor, ...]:
-    weights = [weight for _, weight in form.terms]
-    parts = zip(chains, weights, strict=True)
-    return merged(*(tuple(factor.scaled(weight) for factor in chain.factors) for chain, weight in parts))
-
-
-def _product(form: Form, chains: list[Chain]) -> tuple[Factor, ...]:
-    left, right = operands(form)
-    of_left, of_right = chains
-    return merged(
-        tuple(factor.times(right.detach()) for factor in of_left.factors),
-        tuple(factor.times(left.detach()) for factor in of_right.factors),
-    )
-
-
-def _through(form: Curve, factor: Factor, x: Tensor, result: Tensor) -> Factor:
-    """Return the factor of a function of the chain's result."""
-    if isinstance(factor.value, Tensor):
-        return Factor.of(factor.root, form.chain(factor.value, x, result))
-    # A number is spread over the result's shape without taking memory.
-    weight = result.new_full((), factor.value).expand_as(result)
-    return Factor.of(factor.root, form.chain(weight, x, result), scaled(form.bounds, factor.value))
+def _factors(form: Sum | Product, chains: list[Chain]) -> tuple[Factor, ...]:
+    """Return the factors of a sum or product of chains."""
+    if isinstance(form, Sum):
+        weights = [weight for _, weight in form.terms]
+        parts = zip(chains, weights, strict=True)
+        return merged(*(tuple(factor.scaled(weight) for factor in chain.factors) for chain, weight in parts))
+    others = (form.right.detach(), form.left.detach())
+    parts_of_product = zip(chains, others, strict=True)
+    return merged(*(tuple(factor.times(other) for factor in chain.factors) for chain, other in parts_of_product))
 
 
 def _saved_by_autograd(form: Form) -> tuple[Tensor, ...]:
@@ -238,10 +222,6 @@ def _saved_by_autograd(form: Form) -> tuple[Tensor, ...]:
         return ()
     pairs = (form.left, form.right), (form.right, form.left)
     return tuple(tensor for tensor, other in pairs if other.requires_grad)
-
-
-def _charges(chains: list[Chain], more: tuple[Charge, ...]) -> tuple[Charge, ...]:
-    return tuple(dict.fromkeys([*(charge for chain in chains for charge in chain.charges), *more]))
 
 
 @contextmanager

@@ -23,12 +23,14 @@ class Curve(NamedTuple):
         chain: Returns ``c f'(x)`` of c, x and y.
         bounds: A range that f' lies in whatever x is, if there is one.
         saves_result: Whether autograd's own backward keeps y; else it keeps x.
+        multiple: Of x, that f' is, if it is one: then x itself may be kept, which something else may keep too.
     """
 
     input: Tensor
     chain: Callable[[Tensor, Tensor, Tensor], Tensor]
     bounds: Bounds | None = None
     saves_result: bool = False
+    multiple: float | None = None
 
 
 class Sum(NamedTuple):
@@ -147,12 +149,14 @@ def _erf(input: Tensor) -> Form:
 
 
 def _square(input: Tensor) -> Form:
-    return Curve(input, lambda c, x, y: c * x * 2)
+    return Curve(input, lambda c, x, y: c * x * 2, multiple=2.0)
 
 
 def _pow(input: Tensor, exponent: Any) -> Form | None:
     if not _is_number(exponent) or exponent < 1:  # below 1 the derivative has no bound near zero
         return None
+    if exponent == 2:
+        return _square(input)
     return Curve(input, lambda c, x, y: c * x.pow(exponent - 1) * exponent)
 
 
@@ -173,6 +177,8 @@ def _rsub(input: Tensor, other: Any, *, alpha: float = 1) -> Form:
 
 
 def _mul(input: Tensor, other: Any) -> Form:
+    if input is other:
+        return _square(input)
     return Sum(((input, float(other)),)) if _is_number(other) else Product(input, other)
 
 

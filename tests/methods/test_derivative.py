@@ -448,6 +448,47 @@ def test_training_with_a_layer_between_derives_the_output_where_its_source_is_st
     out.sum().backward()
 
 
+def test_the_derivative_of_a_square_is_the_tensor_that_a_norm_keeps_anyway() -> None:
+    def rms_norm(x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+    roots = inputs()[:1]
+    plain, engine = ActMemEngine(bits=4), engine_of(4)
+    held = []
+    for either in (plain, engine):
+        x = roots[0] * 1
+        with either.compress():
+            held.append(rms_norm(x))
+    assert saved_bytes(engine) == saved_bytes(plain)
+    assert raw_bytes(engine) == raw_bytes(plain)
+    with engine_of().compress():
+        out = rms_norm(roots[0] * 1)
+    weight = torch.linspace(-1, 1, out.numel()).view(SHAPE)
+    (expected,), (exact,), (rounded,) = (
+        torch.autograd.grad((each * weight).sum(), roots) for each in (rms_norm(roots[0]), out, held[1])
+    )
+    torch.testing.assert_close(exact, expected, rtol=1e-4, atol=1e-5)
+    assert float((rounded - expected).norm() / expected.norm()) < 0.1
+
+
+@pytest.mark.gpu
+def test_on_a_stream_of_its_own() -> None:
+    """A derivative is encoded later than it was computed, but on the stream that has computed it."""
+    x = torch.randn(1 << 20, device="cuda", requires_grad=True)
+    (plain,) = torch.autograd.grad(gelu_new(x).sum(), x)
+    side = torch.cuda.Stream()
+    for bits, tolerance in ((32, 1e-5), (8, 0.02)):
+        engine = engine_of(bits)
+        with engine.compress():
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                out = gelu_new(x * 1)
+            torch.cuda.current_stream().wait_stream(side)
+            total = out.sum()
+        (grad,) = torch.autograd.grad(total, x)
+        assert float((grad - plain).abs().max()) < tolerance
+
+
 def test_decoded_derivatives_are_what_the_codec_makes_of_them() -> None:
     """No more than one rounding lies between the derivative and the gradient."""
     x = torch.randn(256, 16, requires_grad=True)

@@ -40,6 +40,7 @@ CURVES: dict[str, Callable[[Tensor], Tensor]] = {
     "cos": torch.cos,
     "erf": torch.erf,
     "square": torch.square,
+    "square by mul": lambda x: x * x,
     "cube": lambda x: x**3,
     "pow 1": lambda x: torch.pow(x, 1.0),
     "pow 1.5": lambda x: torch.pow(torch.exp(x), 1.5),
@@ -57,7 +58,8 @@ LINEAR: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "neg": lambda z, x: -z,
     "mul": lambda z, x: z * x,
     "rmul": lambda z, x: 0.3 * z,
-    "square by mul": lambda z, x: z * z,
+    "square of a chain": lambda z, x: z * z,
+    "square of a square": lambda z, x: (x * x).square() * z,
     "div": lambda z, x: z / 3,
     "torch.div": lambda z, x: torch.div(z, 3.0),
 }
