@@ -133,7 +133,8 @@ class Store:
             return Kept(tensor, charges=(held, *declared.charges))
         self._ledger.record(site, verdict.kind, _label(spec), declared.raw_bytes, 0, elements)
         stream = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
-        handle = Deferred(partial(self._encode_late, tensor, site, spec, layout, stream), declared.charges)
+        verdict = verdict._replace(declared=None)  # which holds the result, and so the node that holds the handle
+        handle = Deferred(partial(self._encode_late, tensor, verdict, site, spec, layout, stream), declared.charges)
         if declared.result is None:
             handle.settle()
         else:
@@ -141,10 +142,18 @@ class Store:
         return handle
 
     def _encode_late(
-        self, tensor: Tensor, site: Site, spec: CodecSpec, layout: Layout, stream: torch.cuda.Stream | None
+        self,
+        tensor: Tensor,
+        verdict: Verdict,
+        site: Site,
+        spec: CodecSpec,
+        layout: Layout,
+        stream: torch.cuda.Stream | None,
     ) -> Handle:
         """Encode a tensor that is on its site's row already, on the stream that has made it and will read it."""
         with nullcontext() if stream is None else torch.cuda.stream(stream):
+            if self.watch and not spec.lossless:
+                self.watch.put(tensor, layout, site, verdict, spec)
             payload, saved_bytes = self._payload(tensor, spec, layout, site, None)
         self._ledger.sites[site].saved_bytes += saved_bytes
         entry = self.shared[tensor.untyped_storage()]

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_actmem import ActMemEngine, ActMemError
-from lightning_actmem_kernels import CodecSpec, decode, encode
+from lightning_actmem.saved.identify import Verdict
+from lightning_actmem.saved.site import Site
+from lightning_actmem_kernels import CodecSpec, Layout, decode, encode
 
 SHAPE = (64, 256)
 BYTES = 64 * 256 * 4
@@ -168,6 +170,23 @@ def test_intermediate_derivatives_are_never_encoded(monkeypatch: pytest.MonkeyPa
     with engine_of(4).compress():
         held = gelu_new(x), named_steps(x, x.clone())
     assert len(encoded) == 3  # one for gelu_new, and one for each of two roots
+    assert all(out.requires_grad for out in held)
+
+
+def test_codecs_are_measured_on_what_is_encoded() -> None:
+    """A chooser of codecs hears of the derivatives that are encoded, not of those that die within their chain."""
+    engine = engine_of(4)
+    seen = []
+
+    class Listener:
+        def put(self, tensor: Tensor, layout: Layout, site: Site, verdict: Verdict, spec: CodecSpec | None) -> None:
+            seen.append((str(site), spec and spec.codec))
+
+    engine._store.watch = Listener()
+    x = inputs()[0] * 1
+    with engine.compress():
+        held = gelu_new(x), F.gelu(x)
+    assert seen == [("/mul.derivative#2", "uniform"), ("/gelu.derivative", "fixed")]
     assert all(out.requires_grad for out in held)
 
 
