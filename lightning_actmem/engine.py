@@ -249,7 +249,10 @@ def _codecs(config: ActMemConfig, derive: bool) -> Codecs:
     def general(bits: int) -> CodecSpec | None:
         if bits == LOSSLESS_BITS:
             return None
-        return CodecSpec(_codec(config.codec, bits), bits, config.group_size, config.rounding)
+        codec = _codec(config.codec, bits)
+        # Keeping the mean apart costs 2 bytes per group: at equal bytes a ResNet's gradient error at 1 bit is 13 %
+        # lower, a GPT's the same.
+        return CodecSpec(codec, bits, config.group_size, config.rounding, centre=codec == "rotated")
 
     # With any other code a ReLU would pass gradient where it must not. One bit would leave it its sign and no value.
     relu = CodecSpec("relu", max(config.bits, _RELU_MIN_BITS), config.group_size, config.rounding)
