@@ -137,7 +137,7 @@ def test_the_second_step_stores_by_what_the_first_one_has_shown() -> None:
 
 
 def test_it_lowers_the_error_of_the_gradient() -> None:
-    """At 3 bits `auto` takes min-max groups, though for a normal distribution rotation has two thirds of their error."""
+    """At 3 bits `auto` takes min-max groups; for a normal distribution rotation has two thirds of their error."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
     errors = {}
