@@ -262,6 +262,7 @@ def _codecs(config: ActMemConfig, derive: bool) -> Codecs:
         attention=general(max(config.bits, config.attention_bits)) if derive else None,
         loss=general(max(config.bits, config.loss_bits)),
         smallest=True,
+        signed=_signed(general(config.bits)) if derive and config.codec != "measured" else None,
     )
 
 
@@ -277,3 +278,10 @@ def _chooser(config: ActMemConfig) -> CodecChooser | None:
         return None
     settings = (config.bits, config.attention_bits, config.loss_bits, config.group_size, config.rounding)
     return CodecChooser(settings, None if config.backend == "auto" else config.backend)
+
+
+def _signed(spec: CodecSpec | None) -> CodecSpec | None:
+    """Return the codec for the input of a batch norm behind a ReLU: with its sign 2 bits in all."""
+    if spec is None or spec.codec != "rotated" or spec.bits > _RELU_MIN_BITS:
+        return None
+    return CodecSpec("rotated", 1, spec.group_size, spec.rounding, centre=True)
