@@ -24,11 +24,11 @@ from .saved.borrowed import Borrowed
 from .saved.hooks import SavedTensorHooks
 from .saved.identify import Codecs, Identifier
 from .saved.ledger import Ledger
-from .saved.operation import OperationTracker
 from .saved.scope import LayerScope, is_compiled
 from .saved.site import mix64
 from .saved.stack import HookStack, in_checkpoint
 from .saved.store import Store
+from .saved.tracker import OperationTracker
 
 _RELU_MIN_BITS = 2
 # At which widths a setting rotates. Measured on a GPT: half the gradient error of min-max groups at 2 bits, a quarter
@@ -77,7 +77,7 @@ class ActMemEngine:
         self._chooser = _chooser(self.config)
         self._store.watch = self._chooser
         self._identifier = Identifier(
-            self._tracker, _codecs(self.config, derive), self.config.min_elements, self.config.exact
+            _codecs(self.config, derive), self.config.min_elements, self.config.exact, self._tracker.declared
         )
         self._hooks = SavedTensorHooks(self._tracker, self._scope, self._store, self._identifier, derive)
         self._stack = HookStack(self._hooks.pack, self._hooks.unpack, self._tracker)
@@ -198,7 +198,7 @@ class ActMemEngine:
 
     def _may_replace(self, operation: str) -> bool:
         """Whether what an operation saves comes to these hooks, and may be rounded."""
-        return self._stack.is_innermost() and not self._identifier.keeps(operation, self._scope.frame)
+        return self._stack.is_innermost() and not self._identifier.keeps(operation, self._scope.stack[-1])
 
     def _is_wholly_compiled(self, module: nn.Module | None) -> bool:
         if module is None or not is_compiled(module):
