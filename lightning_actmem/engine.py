@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ class ActMemEngine:
         self.step = 0
         self.ledger = Ledger()
         self._tracker = OperationTracker()
-        self._scope = LayerScope(self._suspended)
+        self._scope = LayerScope(self._suspended, lambda classes: self._identifier.name_classes(classes))
         derive = not self.config.lossless if self.config.derive is None else self.config.derive
         if derive:
             self._tracker.replacements[F.scaled_dot_product_attention] = self._attention
@@ -77,7 +78,11 @@ class ActMemEngine:
         self._chooser = _chooser(self.config)
         self._store.watch = self._chooser
         self._identifier = Identifier(
-            _codecs(self.config, derive), self.config.min_elements, self.config.exact, self._tracker.declared
+            _codecs(self.config, derive),
+            self.config.min_elements,
+            self.config.exact,
+            _other_codecs(self.config, derive),
+            self._tracker.declared,
         )
         self._hooks = SavedTensorHooks(self._tracker, self._scope, self._store, self._identifier, derive)
         self._stack = HookStack(self._hooks.pack, self._hooks.unpack, self._tracker)
@@ -264,6 +269,14 @@ def _codecs(config: ActMemConfig, derive: bool) -> Codecs:
         smallest=True,
         signed=_signed(general(config.bits)) if derive and config.codec != "measured" else None,
     )
+
+
+def _other_codecs(config: ActMemConfig, derive: bool) -> dict[str, Codecs]:
+    """Return the codecs of the layers that have bits of their own, by pattern."""
+    return {
+        pattern: _codecs(dataclasses.replace(config, bits=bits, layer_bits={}), derive)
+        for pattern, bits in config.layer_bits.items()
+    }
 
 
 def _codec(setting: str, bits: int) -> str:

@@ -32,6 +32,8 @@ from lightning_actmem import ActMemConfig
         ({"backend": "cuda"}, r"backend must be one of 'auto', 'triton', 'torch', got 'cuda'"),
         ({"activations": "gelu"}, r"activations must be one of 'derive', 'derivative', 'inverted', got 'gelu'"),
         ({"seed": -1}, r"seed must be from 0 to 2\*\*31 - 1, got -1"),
+        ({"layer_bits": {"head": 5}}, r"layer_bits\['head'\] must be one of 1, 2, 3, 4, 8, 32, got 5"),
+        ({"layer_bits": {"head": 8}, "bits": 32}, r"layer_bits need a codec that rounds, got bits=32"),
         ({"min_elements": -1}, r"min_elements must be 0 or more, got -1"),
     ],
 )
@@ -47,6 +49,8 @@ def test_bad_values(fields: dict[str, Any], message: str) -> None:
         ({"bits": True}, "bits must be an integer, got True"),
         ({"seed": 1.5}, "seed must be an integer, got 1.5"),
         ({"exact": "encoder"}, "exact must be a list of patterns"),
+        ({"layer_bits": [8]}, r"layer_bits must map patterns to bits, .* got \[8\]"),
+        ({"layer_bits": {"head": "many"}}, r"layer_bits\['head'\] must be an integer, got 'many'"),
         ({"derive": "maybe"}, "derive must be true, false or null, got 'maybe'"),
         ({"summary": "no"}, "summary must be true or false, got 'no'"),
     ],

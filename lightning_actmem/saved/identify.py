@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from . import operation as ops
 from .borrowed import Borrowed
 from .declared import Declared
 from .handle import DERIVED_BITS, EXACT_BITS
+from .patterns import Patterns
 from .reduced import UNREAD, UNREAD_DEVICES, is_piecewise, one_bit
 from .scope import Frame
 from .tracker import Call
@@ -86,6 +86,7 @@ class Verdict(NamedTuple):
         declared: What a replacement says of a tensor that it has made.
         signed: The codec for when a ReLU's sign, stored too, turns out to help (see `signed`).
         window: The max pool whose indices these are, if they fit in 4 bits; ``bit`` then gives the positions.
+        pinned: Whether the codec is the user's own for this place, which no plan changes.
     """
 
     operation: str
@@ -101,6 +102,7 @@ class Verdict(NamedTuple):
     declared: Declared | None = None
     signed: CodecSpec | None = None
     window: Window | None = None
+    pinned: bool = False
 
 
 @lru_cache(maxsize=4096)
@@ -114,7 +116,8 @@ class Identifier:
     Args:
         codecs: The codecs for floats.
         min_elements: Smaller tensors stay exact.
-        exact: Patterns of layers, or of operations after ``op:``, whose tensors stay exact.
+        exact: Patterns of what stays exact.
+        others: Codecs of what has its own, by pattern.
         declared: What replacements say of the tensors that they save, by their storages' identities.
     """
 
@@ -123,15 +126,22 @@ class Identifier:
         codecs: Codecs,
         min_elements: int,
         exact: tuple[str, ...] = (),
+        others: Mapping[str, Codecs] = MappingProxyType({}),
         declared: Mapping[int, Declared] = MappingProxyType({}),
     ) -> None:
-        self._exact = exact
-        self._excluded: dict[tuple[str, str], bool] = {}
+        self._exact = Patterns(dict.fromkeys(exact, True))
+        self._others = Patterns(others)
         self._small: dict[tuple[str, str, str], Verdict] = {}
         self._codecs = codecs
         self._declared = declared
         self.min_elements = min_elements
         self.borrowed = Borrowed()
+
+    def name_classes(self, classes: Mapping[str, str]) -> None:
+        """Take the names of the layers' classes, by path: patterns may speak of them."""
+        self._small.clear()
+        self._exact.name_classes(classes)
+        self._others.name_classes(classes)
 
     def identify(self, tensor: Tensor, storage_id: int, call: Call, frame: Frame) -> Verdict:
         """Decide how a saved tensor is stored.
@@ -150,7 +160,7 @@ class Identifier:
         if owner is not None:
             return _by_reference(operation, owner, owner)
         if self._declared and (declared := self._declared.get(storage_id)) is not None:
-            return self._of_declared(tensor, operation, declared)
+            return self._of_declared(tensor, operation, declared, frame.layer)
         role, source = _role(tensor, storage_id, call)
         if not _is_computed(tensor, operation, role) and is_weight(tensor):
             return _by_reference(operation, "weight", "weight")
@@ -166,7 +176,8 @@ class Identifier:
             return Verdict(operation, role, "packed", MASK)
         if tensor.dtype not in FLOATS:
             return self._index(tensor, operation, role, source, call)
-        return self._float(tensor, operation, role, source, call, frame)
+        verdict = self._float(tensor, operation, role, source, call, frame)
+        return verdict._replace(pinned=True) if self._others.find(frame.layer, operation) else verdict
 
     def _of_small(self, operation: str, role: str, layer: str) -> Verdict:
         """Return the verdict on a small tensor, which depends on nothing else, and remember it."""
@@ -182,7 +193,7 @@ class Identifier:
             return Verdict(operation, role, "unsupported", versioned=False)
         if self._codecs.copies:
             return Verdict(operation, role, "packed", self._codecs.general)
-        if self._exact and self._is_excluded(layer, operation):
+        if self._exact.find(layer, operation):
             return _by_reference(operation, role, "excluded")
         return None
 
@@ -190,11 +201,11 @@ class Identifier:
         """Whether what an operation saves stays as it is: it is part of a loss, or excluded by a pattern."""
         if frame.is_loss or ops.is_loss(operation):
             return True
-        return bool(self._exact) and self._is_excluded(frame.layer, operation)
+        return bool(self._exact.find(frame.layer, operation))
 
-    def _of_declared(self, tensor: Tensor, operation: str, declared: Declared) -> Verdict:
+    def _of_declared(self, tensor: Tensor, operation: str, declared: Declared, layer: str) -> Verdict:
         """Return the verdict on a tensor that a replacement saves."""
-        spec = self._codecs.general
+        spec = self._codecs_of(operation, layer).general
         found = Verdict(operation, declared.role, "packed", declared=declared if declared.own else None)
         if self._codecs.copies:
             return found._replace(spec=spec)
@@ -207,6 +218,9 @@ class Identifier:
         spec = _of_derivatives(spec, declared.bounds)
         return found._replace(spec=spec, derivable=not declared.own, least_bits=1)
 
+    def _codecs_of(self, operation: str, layer: str) -> Codecs:
+        return self._others.find(layer, operation) or self._codecs
+
     def _index(self, tensor: Tensor, operation: str, role: str, source: Tensor | None, call: Call) -> Verdict:
         if source is None and tensor.dtype in _INDICES:
             window = window_of(operation, call.arguments, call.keywords, tensor.device.type)
@@ -217,23 +231,23 @@ class Identifier:
     def _float(
         self, tensor: Tensor, operation: str, role: str, source: Tensor | None, call: Call, frame: Frame
     ) -> Verdict:
-        codecs = self._codecs
+        codecs = self._codecs_of(operation, frame.layer)
         if frame.is_loss or ops.is_loss(operation):
             unread = self._unread(tensor, operation, role)
             return unread or Verdict(operation, role, "loss", codecs.loss, least_bits=_bits(codecs.loss))
         if operation in ops.DROPOUTS and source is None and not tensor.requires_grad:
             return Verdict(operation, role, "packed", TWO_VALUED)
         if operation in ops.ATTENTION:
-            return self._attention(operation, role)
+            return self._attention(operation, role, codecs)
         if (reduced := self._reduced(tensor, operation, role, call)) is not None:
             return reduced
         if is_piecewise(operation) or not ops.bears_rounding(operation, call.arguments):
             return Verdict(operation, role, "exact")
-        return self._activation(tensor, operation, role, source, call)
+        return self._activation(tensor, operation, role, source, call, codecs)
 
-    def _attention(self, operation: str, role: str) -> Verdict:
+    def _attention(self, operation: str, role: str, codecs: Codecs) -> Verdict:
         """Return the verdict on an input of a fused kernel that is recomputed, or on the probabilities of a softmax."""
-        spec = self._codecs.attention
+        spec = codecs.attention
         least_bits = min(_bits(spec), DERIVED_BITS)
         if operation != "scaled_dot_product_attention":
             return Verdict(operation, role, "attention", derivable=True, least_bits=least_bits, is_output=True)
@@ -257,8 +271,9 @@ class Identifier:
             return None
         return Verdict(operation, role, "unread", levels=(0.0, 0.0))
 
-    def _activation(self, tensor: Tensor, operation: str, role: str, source: Tensor | None, call: Call) -> Verdict:
-        codecs = self._codecs
+    def _activation(
+        self, tensor: Tensor, operation: str, role: str, source: Tensor | None, call: Call, codecs: Codecs
+    ) -> Verdict:
         arguments = [argument for _, argument in call.named_tensors()]
         if operation in ops.MATMUL and not any(map(self._is_weight, arguments)):
             # A product of two activations: attention scores, or their sum over the values.
@@ -283,17 +298,6 @@ class Identifier:
         if operation == "batch_norm" and role == "input":
             return verdict._replace(signed=codecs.signed)
         return verdict._replace(is_output=role == "result")
-
-    def _is_excluded(self, layer: str, operation: str) -> bool:
-        known = self._excluded.get((layer, operation))
-        if known is None:
-            names = [layer, f"op:{operation}"]
-            while "." in layer:
-                layer = layer.rpartition(".")[0]
-                names.append(layer)
-            known = any(fnmatchcase(name, pattern) for name in names for pattern in self._exact)
-            self._excluded[names[0], operation] = known
-        return known
 
     def _is_weight(self, tensor: Tensor) -> bool:
         return is_weight(tensor) or self.borrowed.owns(tensor)

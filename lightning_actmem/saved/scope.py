@@ -40,9 +40,14 @@ class LayerScope:
         stack: The running module calls, the innermost last.
     """
 
-    def __init__(self, suspend: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(
+        self,
+        suspend: Callable[[], AbstractContextManager[None]],
+        changed: Callable[[dict[str, str]], None] = lambda classes: None,
+    ) -> None:
         self.stack: list[Frame] = [Frame("")]
         self._suspend = suspend
+        self._changed = changed
         self._root: nn.Module | None = None
         self._modules: list[nn.Module] = []
         self._compiled: list[str] = []
@@ -84,7 +89,8 @@ class LayerScope:
         if root is self._root and modules == self._modules:
             return
         self._root, self._modules = root, modules
-        named = () if root is None else root.named_modules()
+        named = [] if root is None else list(root.named_modules())
+        self._changed({layer: type(module).__name__ for layer, module in named})
         skip = "\0"
         self._calls = []
         self._compiled = []

@@ -129,7 +129,7 @@ class Store:
         layout = Layout.of(tensor)
         site = self.site(verdict)
         spec = verdict.spec
-        if verdict.spec is not None and not verdict.spec.lossless:
+        if verdict.spec is not None and not verdict.spec.lossless and not verdict.pinned:
             spec = self.plan.get(site, spec)
             if self.watch and layout is not None and not _is_no_smaller(verdict.spec, layout, tensor, storage):
                 self.watch.put(tensor, layout, site, verdict, spec)
