@@ -70,7 +70,7 @@ class ActMemEngine:
         self.step = 0
         self.ledger = Ledger()
         self._tracker = OperationTracker()
-        self._scope = LayerScope(self._suspended, lambda classes: self._identifier.name_classes(classes))
+        self._scope = LayerScope(self._suspended, self._name_classes)
         derive = not self.config.lossless if self.config.derive is None else self.config.derive
         if derive:
             self._tracker.replacements[F.scaled_dot_product_attention] = self._attention
@@ -96,6 +96,10 @@ class ActMemEngine:
         )
         if self._method is not None:
             self._tracker.replacements.update(self._method.replacements)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel to another process as settings and state: hooks and what they refer to are made anew there."""
+        return _made_again, (self.config, self.rank, self.state_dict())
 
     @contextmanager
     def compress(self, module: nn.Module | None = None, *, inputs: Any = None) -> Iterator[None]:
@@ -187,6 +191,9 @@ class ActMemEngine:
         if self._chooser is not None and "codecs" in state:
             self._chooser.load_state_dict(state["codecs"])
 
+    def _name_classes(self, classes: dict[str, str]) -> None:
+        self._identifier.name_classes(classes)
+
     @contextmanager
     def _suspended(self) -> Iterator[None]:
         if not self._active:
@@ -227,6 +234,13 @@ class ActMemEngine:
                 ActMemWarning,
                 stacklevel=4,
             )
+
+
+def _made_again(config: ActMemConfig, rank: int, state: dict[str, Any]) -> ActMemEngine:
+    engine = ActMemEngine(config)
+    engine.rank = rank
+    engine.load_state_dict(state)
+    return engine
 
 
 def _backend(name: str) -> str | None:

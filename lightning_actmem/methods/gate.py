@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..saved.geometry import is_plain
-from ..saved.identify import is_weight
 from ..saved.operation import operation_of
+from ..saved.weights import is_weight
 
 
 class Gate:

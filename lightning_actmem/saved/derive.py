@@ -15,11 +15,11 @@ from .borrowed import Borrowed
 from .derived import Derived
 from .geometry import is_plain
 from .handle import DecodeCache, Handle
-from .identify import is_weight
 from .recipe import Autocast, Recipe, Slot, Source, with_slots
 from .reduced import ONE_BIT
 from .share import SharedStorages, StoredStorage
 from .tracker import Call
+from .weights import is_weight
 
 # Deterministic, and cheap enough to run twice: element-wise, row-wise, or a copy. Roots and logarithms are absent: an
 # argument that was rounded below zero would give them NaN.

@@ -28,6 +28,13 @@ _MODIFIED = (
 )
 
 
+def modified(tensor: Tensor, version: int) -> RuntimeError:
+    """Return autograd's error for a saved tensor that is not of that version any more."""
+    return RuntimeError(
+        _MODIFIED.format(type=tensor.type(), shape=list(tensor.shape), now=tensor._version, then=version)
+    )
+
+
 class Kept:
     """A tensor kept by reference, with autograd's check for in-place changes.
 
@@ -70,9 +77,7 @@ class Kept:
         """
         tensor, version = self._tensor, self._version
         if version is not None and tensor._version != version:
-            raise RuntimeError(
-                _MODIFIED.format(type=tensor.type(), shape=list(tensor.shape), now=tensor._version, then=version)
-            )
+            raise modified(tensor, version)
         return tensor
 
     def view(self, geometry: Geometry) -> Kept | None:

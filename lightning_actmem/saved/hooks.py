@@ -13,13 +13,14 @@ from .deferred import Deferred
 from .derive import SAVES_OUTPUT, Deriver
 from .geometry import Geometry
 from .handle import EXACT_BITS, Handle, PoolIndices, Stand
-from .identify import Identifier, Verdict, is_weight
+from .identify import Identifier, Verdict
 from .ledger import BORROWED
 from .operation import MATMUL
 from .scope import LayerScope
 from .share import StoredStorage
 from .store import IDENTITY, Store
 from .tracker import OperationTracker
+from .weights import Recast, is_weight, recast
 
 _TENSOR_TYPES = (Tensor, nn.Parameter)
 _STRIDED = torch.strided
@@ -83,9 +84,9 @@ class SavedTensorHooks:
             self._deriver.start_step(self._identifier.borrowed)
 
     #: Return the tensor that a handle stands for.
-    unpack: Callable[[Handle | Deferred], Tensor] = staticmethod(methodcaller("restore"))
+    unpack: Callable[[Handle | Deferred | Recast], Tensor] = staticmethod(methodcaller("restore"))
 
-    def pack(self, tensor: Tensor) -> Handle | Deferred:
+    def pack(self, tensor: Tensor) -> Handle | Deferred | Recast:
         """Store a tensor that autograd saves and return its handle."""
         if self._store.deferred.waiting:
             self._store.deferred.settle()
@@ -97,14 +98,17 @@ class SavedTensorHooks:
         if verdict.declared is not None:
             return self._store.put_declared(tensor, verdict, verdict.declared)
         handle = self._pack(tensor, storage, verdict)
-        if call.saved is not None and verdict.role == "result":
+        if call.saved is not None and verdict.role == "result" and not isinstance(handle, Recast):
             call.saved.append((tensor, handle))
             if self._deriver is not None and verdict.operation in MATMUL:
                 self._deriver.note_copy(call, tensor, handle)
         return handle
 
-    def _pack(self, tensor: Tensor, storage: UntypedStorage, verdict: Verdict) -> Handle:
+    def _pack(self, tensor: Tensor, storage: UntypedStorage, verdict: Verdict) -> Handle | Recast:
         if verdict.kind in BORROWED:
+            again = recast(tensor) if verdict.kind == "weight" and self._deriver is not None else None
+            if again is not None:
+                return self._store.recast(again, verdict)
             return self._store.borrow(tensor, storage, verdict)
         derivable = verdict.derivable and self._deriver is not None
         stands_in = verdict.levels is not None or verdict.window is not None

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_actmem_kernels import CodecSpec, integer_bits
 
@@ -21,6 +21,7 @@ from .patterns import Patterns
 from .reduced import UNREAD, UNREAD_DEVICES, is_piecewise, one_bit
 from .scope import Frame
 from .tracker import Call
+from .weights import VIEWS_AND_CASTS, is_parameter, is_weight
 from .window import Window, window_of
 
 FLOATS = frozenset([torch.float32, torch.bfloat16, torch.float16])
@@ -33,14 +34,6 @@ POSITIONS = CodecSpec("integer", bits=4)
 # error would be multiplied over a whole row, and its bytes are few.
 _SMALL_FACTOR = 8
 _PRODUCTS_WITH_WEIGHTS = ops.LINEAR | ops.MATMUL
-_VIEWS_AND_CASTS = frozenset(
-    f"{name}Backward{number}"
-    for name in (
-        "T Transpose Permute View UnsafeView ReshapeAlias Unsqueeze Squeeze Expand Split SplitWithSizes Chunk Select "
-        "Slice AsStrided Alias ToCopy Clone Narrow Unbind ViewAs Detach"
-    ).split()
-    for number in (0, 1, 2)
-)
 
 
 @dataclass(frozen=True)
@@ -164,7 +157,7 @@ class Identifier:
         role, source = _role(tensor, storage_id, call)
         if not _is_computed(operation, role) and is_weight(tensor):
             return _by_reference(operation, "weight", "weight")
-        if source is not None and _is_parameter(source):
+        if source is not None and is_parameter(source):
             return _by_reference(operation, role, "weight")  # a cast of a frozen weight
         if tensor.numel() < self.min_elements:
             small = self._small.get((operation, role, frame.layer))
@@ -320,26 +313,6 @@ def _is_on(output: Tensor) -> Tensor:
     return output != 0  # NaN passes gradient, as in plain autograd
 
 
-def is_weight(tensor: Tensor) -> bool:
-    """Whether the tensor is a parameter, or leads back to one through views and casts alone."""
-    if type(tensor) is not Tensor and isinstance(tensor, nn.Parameter):
-        return True
-    node: Any = tensor.grad_fn
-    while node is not None:
-        name = node.name()
-        if name == "torch::autograd::AccumulateGrad":
-            return isinstance(node.variable, nn.Parameter)
-        if name not in _VIEWS_AND_CASTS:
-            return False
-        node = node.next_functions[0][0]
-    return False
-
-
-def _is_parameter(tensor: Tensor) -> bool:
-    # The exact type first: a Parameter's own check runs in Python.
-    return type(tensor) is not Tensor and isinstance(tensor, nn.Parameter)
-
-
 def _is_computed(operation: str, role: str) -> bool:
     """Whether it is clear that the operation itself has computed the tensor.
 
@@ -368,10 +341,10 @@ def _may_be_cast(tensor: Tensor, argument: Tensor) -> bool:
         return False
     if not (tensor.is_floating_point() and argument.is_floating_point()):
         return False
-    if _is_parameter(argument) and argument.requires_grad:
+    if is_parameter(argument) and argument.requires_grad:
         return False  # its cast leads back to it, see is_weight
     node: Any = tensor.grad_fn
-    return node is None or node.name() in _VIEWS_AND_CASTS
+    return node is None or node.name() in VIEWS_AND_CASTS
 
 
 def _index(tensor: Tensor, call: Call, source: Tensor | None) -> tuple[str, CodecSpec | None]:

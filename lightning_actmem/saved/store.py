@@ -25,6 +25,7 @@ from .scope import LayerScope
 from .share import SharedStorages, StoredStorage
 from .site import Site, SiteTable
 from .undecided import Undecided, Waiting
+from .weights import Recast
 
 IDENTITY = CodecSpec("identity")
 # A view by reference keeps its whole storage alive; from this many times its own size on, it is copied instead.
@@ -101,6 +102,11 @@ class Store:
             self.shared[storage].add_kept(handle)
         else:
             self.shared.add_first(storage._cdata, handle)
+        return handle
+
+    def recast(self, handle: Recast, verdict: Verdict) -> Recast:
+        """Book a cast of a weight that is made again."""
+        self._book(verdict, "derived")
         return handle
 
     def put_first(self, tensor: Tensor, storage: UntypedStorage, verdict: Verdict) -> Handle:

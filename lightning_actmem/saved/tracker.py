@@ -74,8 +74,12 @@ class Call:
         return found
 
 
+def _nothing() -> None:
+    """Stand for the function when none is running."""
+
+
 #: Stands for the running call when there is none.
-NO_CALL = Call(Operation(), lambda: None, (), {})
+NO_CALL = Call(Operation(), _nothing, (), {})
 
 
 class Observer(Protocol):
