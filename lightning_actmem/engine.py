@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_actmem_kernels import CodecSpec, resolve_backend
 
+from .adapt.replay import Replay
 from .config import LOSSLESS_BITS, ActMemConfig, ConfigLike
 from .errors import ActMemError, ActMemWarning
 from .report import StepReport, step_report
@@ -23,8 +25,9 @@ from .saved.hooks import SavedTensorHooks
 from .saved.identify import Codecs, Identifier
 from .saved.ledger import Ledger
 from .saved.operation import OperationTracker
+from .saved.probe import Rounding
 from .saved.scope import LayerScope, is_compiled
-from .saved.site import mix64
+from .saved.site import Site, mix64
 from .saved.stack import HookStack, in_checkpoint
 from .saved.store import Store
 
@@ -123,6 +126,45 @@ class ActMemEngine:
         """
         with self._suspended():
             yield
+
+    @property
+    def plan(self) -> Mapping[Site, CodecSpec | None]:
+        """The codec of single sites, where one has been chosen; ``None`` keeps the tensor as it is."""
+        return self._store.plan
+
+    @plan.setter
+    def plan(self, plan: Mapping[Site, CodecSpec | None]) -> None:
+        self._store.plan = dict(plan)
+
+    def probe(self, loss: Callable[[], Tensor], module: nn.Module | None = None, *, inputs: Any = None) -> Replay:
+        """Run forward and loss with everything stored exactly, for backward passes that round what they are told to.
+
+        Sites, sharing and derivation are as in a training step under the present `plan`; the engine's own figures and
+        its noise stay as they are.
+
+        Args:
+            loss: Runs forward and loss on a part of a batch, and returns the loss.
+            module: As for `compress`.
+            inputs: As for `compress`.
+
+        Returns:
+            The graph.
+        """
+        prober = ActMemEngine(self._probe_config())
+        prober._warned = True
+        store = prober._store
+        store.plan = self.plan
+        # The complement gives other noise than that of any training step.
+        noise = mix64(~self.config.seed, self.rank, self.step)
+        store.watch = rounding = Rounding(noise, prober.ledger, store.cache, _backend(prober.config.backend))
+        with prober.compress(module, inputs=inputs):
+            return Replay(loss(), rounding)
+
+    def _probe_config(self) -> ActMemConfig:
+        """The same settings, and no second warning of a missing Triton."""
+        if self.config.backend == "auto" and find_spec("triton") is None:
+            return dataclasses.replace(self.config, backend="torch")
+        return self.config
 
     def report(self, *, table: bool = True) -> StepReport:
         """Return what the last step has stored.

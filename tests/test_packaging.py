@@ -128,7 +128,11 @@ class Layer:
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 LAYERS = [
     Layer("lightning_actmem_kernels", above=(*LIGHTNING, "lightning_actmem", "torch.autograd")),
-    Layer("lightning_actmem.saved", above=(*LIGHTNING, "lightning_actmem.engine", "lightning_actmem.integration")),
+    Layer(
+        "lightning_actmem.saved",
+        above=(*LIGHTNING, "lightning_actmem.engine", "lightning_actmem.integration", "lightning_actmem.adapt"),
+    ),
+    Layer("lightning_actmem.adapt", above=(*LIGHTNING, "lightning_actmem.engine", "lightning_actmem.integration")),
     Layer(
         "lightning_actmem",
         above=(*LIGHTNING, "lightning_actmem.integration"),

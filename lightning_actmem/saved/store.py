@@ -14,6 +14,7 @@ from .geometry import Geometry
 from .handle import DecodeCache, Handle, Kept, Packed, Payload, Stand
 from .identify import MASK, Verdict
 from .ledger import Charge, Ledger
+from .probe import Watch
 from .scope import LayerScope
 from .share import SharedStorages, StoredStorage
 from .site import Site, SiteTable
@@ -41,6 +42,8 @@ class Store:
         self.cache = DecodeCache()
         #: The codec of single sites, where somebody has chosen one; ``None`` keeps the tensor as it is.
         self.plan: Mapping[Site, CodecSpec | None] = {}
+        #: Who wants to know of the tensors that a plan may speak of.
+        self.watch: Watch | None = None
         self._borrowed_seen: set[int] = set()
         self._noise = 0
 
@@ -85,8 +88,12 @@ class Store:
         layout = Layout.of(tensor)
         site = self.site(verdict)
         spec = verdict.spec
-        if spec is not None and not spec.lossless:
+        if verdict.spec is not None and not verdict.spec.lossless:
             spec = self.plan.get(site, spec)
+            if self.watch and layout is not None and not _is_no_smaller(verdict.spec, layout, tensor, storage):
+                payload = self.watch.put(tensor, layout, site, verdict, spec)
+                if payload is not None:
+                    return entry.add(Geometry.of(tensor), layout, payload)
         if spec is None and verdict.versioned and storage.nbytes() >= _CLONE_FACTOR * tensor.nbytes:
             spec = IDENTITY
         if layout is None or spec is None or _is_no_smaller(spec, layout, tensor, storage):

@@ -1,0 +1,1 @@
+"""Bits that adapt: what rounding adds to the gradient's variance, measured, and the bits that follow from it."""

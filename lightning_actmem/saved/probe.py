@@ -1,0 +1,149 @@
+"""Segments that are kept exact in a probe, and rounded in the backward passes that ask for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_actmem_kernels import CodecSpec, Layout, decode, encode
+
+from .handle import EXACT_BITS, AnyPayload, DecodeCache
+from .ledger import Charge, Ledger
+from .site import Site, mix64
+
+if TYPE_CHECKING:
+    from .identify import Verdict
+
+
+@dataclass
+class SiteUse:
+    """What a site has stored in one step, as far as its codec may be chosen.
+
+    Args:
+        default: Codec that it gets without a plan.
+        kind: As in the ledger: ``"packed"``, ``"attention"`` or ``"loss"``.
+        dtype: Type of the elements.
+        numels: Elements of each tensor.
+    """
+
+    default: CodecSpec
+    kind: str
+    dtype: torch.dtype
+    numels: list[int] = field(default_factory=list)
+
+    def stored_bytes(self, spec: CodecSpec | None) -> int:
+        """Return the bytes that the site's tensors take by this codec (``None``: as they are)."""
+        if spec is None:
+            return sum(self.numels) * self.dtype.itemsize
+        return sum(spec.stored_bytes(numel, self.dtype) for numel in self.numels)
+
+
+class Watch(Protocol):
+    """Who wants to know of every tensor whose codec may be chosen."""
+
+    def put(
+        self, tensor: Tensor, layout: Layout, site: Site, verdict: Verdict, spec: CodecSpec | None
+    ) -> AnyPayload | None:
+        """Return what is stored in place of the encoded tensor, or ``None`` to leave it to the store.
+
+        Args:
+            tensor: The tensor.
+            layout: Its layout.
+            site: Where it comes from.
+            verdict: What it is; ``verdict.spec`` is its codec without a plan.
+            spec: Its codec by the plan; ``None`` keeps it exact.
+        """
+        ...
+
+
+class Rounding:
+    """What backward rounds in a probe; changed between the passes.
+
+    Args:
+        noise: 64-bit mix of seed, rank and step.
+        ledger: Books the copies.
+        cache: The decoded segments of the probe: forgotten with every change.
+        backend: Kernel backend, or ``None`` for the fastest.
+    """
+
+    def __init__(self, noise: int, ledger: Ledger, cache: DecodeCache, backend: str | None) -> None:
+        self.uses: dict[Site, SiteUse] = {}
+        self._specs: Mapping[Site, CodecSpec] = {}
+        self._draw = 0
+        self._noise = noise
+        self._ledger = ledger
+        self._cache = cache
+        self._backend = backend
+
+    def choose(self, specs: Mapping[Site, CodecSpec]) -> None:
+        """Round these sites from now on, each by its codec and with noise not used before, and no others."""
+        self._specs = specs
+        self._draw += 1
+        self._cache.clear()
+
+    def put(
+        self, tensor: Tensor, layout: Layout, site: Site, verdict: Verdict, spec: CodecSpec | None
+    ) -> AnyPayload | None:
+        """Keep a copy of the tensor."""
+        assert verdict.spec is not None, "only what has a codec is watched"
+        use = self.uses.setdefault(site, SiteUse(verdict.spec, verdict.kind, tensor.dtype))
+        key = mix64(self._noise ^ site.stream, len(use.numels))
+        use.numels.append(layout.numel)
+        raw = layout.flatten(tensor).clone()
+        return ProbePayload(raw, site, spec, key, self, self._cache, Charge(self._ledger, saved_bytes=raw.nbytes))
+
+    def rounded(self, raw: Tensor, site: Site, key: int) -> Tensor:
+        """Return a segment as backward is to see it now."""
+        spec = self._specs.get(site)
+        if spec is None:
+            return raw
+        mixed = mix64(key, self._draw)
+        key = mixed - (1 << 64) if mixed >> 63 else mixed
+        encoded = encode(raw, spec, key=key, backend=self._backend)
+        return decode(encoded, spec, numel=raw.numel(), dtype=raw.dtype, key=key, backend=self._backend)
+
+
+class ProbePayload:
+    """Stands for a `Payload` in a probe: the exact segment, rounded while `Rounding` says so.
+
+    Args:
+        raw: The segment, 1-D, a copy.
+        site: Where it comes from.
+        spec: The codec that it would have in training: sharing and derivation go by its bits.
+        key: Its noise key.
+        rounding: What is rounded.
+        cache: Remembers the last decoded segments.
+        charge: Bytes that are alive as long as this payload.
+    """
+
+    __slots__ = ("__weakref__", "_charge", "_key", "_raw", "_rounding", "_site", "bits", "cache", "numel", "uses")
+
+    depth = 0
+
+    def __init__(
+        self,
+        raw: Tensor,
+        site: Site,
+        spec: CodecSpec | None,
+        key: int,
+        rounding: Rounding,
+        cache: DecodeCache,
+        charge: Charge,
+    ) -> None:
+        self._raw = raw
+        self._charge = charge
+        self._site = site
+        self._key = key
+        self._rounding = rounding
+        self.bits = EXACT_BITS if spec is None else spec.bits
+        self.numel = raw.numel()
+        self.uses = 0
+        self.cache = cache
+
+    def decode(self) -> Tensor:
+        """Return the segment; the same values until `Rounding` changes."""
+        return self._rounding.rounded(self._raw, self._site, self._key)
