@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_actmem_kernels import CodecSpec, resolve_backend
 
+from .adapt.adapter import Adapter
 from .adapt.replay import Replay
 from .config import LOSSLESS_BITS, ActMemConfig, ConfigLike
 from .errors import ActMemError, ActMemWarning
@@ -77,6 +78,9 @@ class ActMemEngine:
         self._stack = HookStack(self._hooks.pack, self._hooks.unpack, self._tracker)
         self._active = False
         self._warned = False
+        #: Chooses the bits of every site, if the settings ask for it.
+        self.adapter = Adapter(self, self.config) if self.config.adapts else None
+        self._store.watch = None if self.adapter is None else self.adapter.sizes
 
     @contextmanager
     def compress(self, module: nn.Module | None = None, *, inputs: Any = None) -> Iterator[None]:
@@ -117,6 +121,8 @@ class ActMemEngine:
         finally:
             self._active = False
             self._hooks.end_step()
+            if self.adapter is not None:
+                self.adapter.sizes.end_step(self.ledger)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -136,7 +142,9 @@ class ActMemEngine:
     def plan(self, plan: Mapping[Site, CodecSpec | None]) -> None:
         self._store.plan = dict(plan)
 
-    def probe(self, loss: Callable[[], Tensor], module: nn.Module | None = None, *, inputs: Any = None) -> Replay:
+    def probe(
+        self, loss: Callable[[], Tensor], module: nn.Module | None = None, *, inputs: Any = None, number: int = 0
+    ) -> Replay:
         """Run forward and loss with everything stored exactly, for backward passes that round what they are told to.
 
         Sites, sharing and derivation are as in a training step under the present `plan`; the engine's own figures and
@@ -146,6 +154,7 @@ class ActMemEngine:
             loss: Runs forward and loss on a part of a batch, and returns the loss.
             module: As for `compress`.
             inputs: As for `compress`.
+            number: Tells the noise of several probes in one step apart.
 
         Returns:
             The graph.
@@ -155,16 +164,17 @@ class ActMemEngine:
         store = prober._store
         store.plan = self.plan
         # The complement gives other noise than that of any training step.
-        noise = mix64(~self.config.seed, self.rank, self.step)
+        noise = mix64(~self.config.seed, self.rank, self.step, number)
         store.watch = rounding = Rounding(noise, prober.ledger, store.cache, _backend(prober.config.backend))
         with prober.compress(module, inputs=inputs):
             return Replay(loss(), rounding)
 
     def _probe_config(self) -> ActMemConfig:
-        """The same settings, and no second warning of a missing Triton."""
-        if self.config.backend == "auto" and find_spec("triton") is None:
-            return dataclasses.replace(self.config, backend="torch")
-        return self.config
+        """The same settings without adaptation, and without a second warning of a missing Triton."""
+        config = dataclasses.replace(self.config, adapt=False, noise=None, budget=None)
+        if config.backend == "auto" and find_spec("triton") is None:
+            return dataclasses.replace(config, backend="torch")
+        return config
 
     def report(self, *, table: bool = True) -> StepReport:
         """Return what the last step has stored.
@@ -180,7 +190,10 @@ class ActMemEngine:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state: plain numbers, loadable with ``weights_only=True``."""
-        return {"version": 1, "step": self.step}
+        state: dict[str, Any] = {"version": 1, "step": self.step}
+        if self.adapter is not None:
+            state["adapter"] = self.adapter.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where the state was taken: the same noise follows.
@@ -197,6 +210,8 @@ class ActMemEngine:
                 "Update lightning-actmem to the version that wrote the checkpoint, or newer."
             )
         self.step = int(state["step"])
+        if self.adapter is not None and "adapter" in state:
+            self.adapter.load_state_dict(state["adapter"])
 
     @contextmanager
     def _suspended(self) -> Iterator[None]:

@@ -33,6 +33,11 @@ class Replay:
         """The sites whose codec may be chosen, in the order of the forward pass."""
         return self._rounding.uses
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that were stored for backward when the forward pass had ended, exact copies and all."""
+        return self._rounding.ledger.peak_saved_bytes
+
     def backward(self, parameters: Sequence[Tensor], specs: Specs, visit: Callable[[int, Tensor], None]) -> None:
         """Compute the gradient and show it to ``visit``, one parameter after the other, each freed at once.
 

@@ -72,10 +72,10 @@ class Rounding:
 
     def __init__(self, noise: int, ledger: Ledger, cache: DecodeCache, backend: str | None) -> None:
         self.uses: dict[Site, SiteUse] = {}
+        self.ledger = ledger
         self._specs: Mapping[Site, CodecSpec] = {}
         self._draw = 0
         self._noise = noise
-        self._ledger = ledger
         self._cache = cache
         self._backend = backend
 
@@ -94,7 +94,7 @@ class Rounding:
         key = mix64(self._noise ^ site.stream, len(use.numels))
         use.numels.append(layout.numel)
         raw = layout.flatten(tensor).clone()
-        return ProbePayload(raw, site, spec, key, self, self._cache, Charge(self._ledger, saved_bytes=raw.nbytes))
+        return ProbePayload(raw, site, spec, key, self, self._cache, Charge(self.ledger, saved_bytes=raw.nbytes))
 
     def rounded(self, raw: Tensor, site: Site, key: int) -> Tensor:
         """Return a segment as backward is to see it now."""

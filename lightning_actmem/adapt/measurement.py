@@ -1,0 +1,88 @@
+"""What one adaptation measures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lightning_actmem_kernels import CodecSpec
+
+from ..saved.site import Site
+from .replay import ExactGradient, Replay
+from .schedule import Target
+
+
+@dataclass
+class Measurement:
+    """Plain numbers, at the scale of one sub-batch.
+
+    Args:
+        errors: For every site and codec measured, ``|g' - g|^2`` of each draw.
+        distances: ``|g1 - g2|^2 / 2`` of consecutive sub-batches: the gradient's own variance.
+        totals: ``|g' - g|^2`` with every site rounded by the plan.
+        passes: Backward passes that were run.
+        probe_bytes: The most bytes that a probe has held for its backward passes.
+    """
+
+    errors: dict[Target, list[float]] = field(default_factory=dict)
+    distances: list[float] = field(default_factory=list)
+    totals: list[float] = field(default_factory=list)
+    passes: int = 0
+    probe_bytes: int = 0
+
+
+class Measuring:
+    """Runs the passes of one adaptation; nothing is read from the device before `result`.
+
+    Args:
+        parameters: The parameters that require gradients.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._exact = ExactGradient(parameters)
+        self._distances: list[Tensor] = []
+        self._totals: list[Tensor] = []
+        self._errors: list[tuple[Target, Tensor]] = []
+        self._passes = 0
+        self._probe_bytes = 0
+
+    def run(self, replay: Replay, plan: Mapping[Site, CodecSpec], targets: Sequence[Target]) -> None:
+        """Measure on one sub-batch: the exact gradient, the whole plan, then one target after the other."""
+        is_first = self._passes == 0
+        _, distance = self._exact.take(replay)
+        if not is_first:
+            self._distances.append(distance / 2)
+        self._totals.append(self._exact.error(replay, plan))
+        for site, spec in targets:
+            if site in replay.uses:
+                self._errors.append(((site, spec), self._exact.error(replay, {site: spec})))
+        self._passes += 2 + len(targets)
+        self._probe_bytes = max(self._probe_bytes, replay.stored_bytes)
+
+    def result(self) -> Measurement:
+        """Return the numbers: the one point that waits for the device."""
+        errors: dict[Target, list[float]] = {}
+        for target, error in self._errors:
+            errors.setdefault(target, []).append(error.item())
+        return Measurement(
+            errors,
+            [distance.item() for distance in self._distances],
+            [total.item() for total in self._totals],
+            self._passes,
+            self._probe_bytes,
+        )
+
+
+def merged(parts: Sequence[Measurement]) -> Measurement:
+    """Join what several ranks have measured, each on its own data."""
+    whole = Measurement()
+    for part in parts:
+        for target, errors in part.errors.items():
+            whole.errors.setdefault(target, []).extend(errors)
+        whole.distances += part.distances
+        whole.totals += part.totals
+        whole.passes = max(whole.passes, part.passes)
+        whole.probe_bytes = max(whole.probe_bytes, part.probe_bytes)
+    return whole
