@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_actmem_kernels import CodecSpec, resolve_backend
 
 from .adapt.adapter import Adapter
+from .adapt.linear import COVERED, ClosedForm
 from .adapt.replay import Replay
 from .config import LOSSLESS_BITS, ActMemConfig, ConfigLike
 from .errors import ActMemError, ActMemWarning
@@ -143,9 +144,15 @@ class ActMemEngine:
         self._store.plan = dict(plan)
 
     def probe(
-        self, loss: Callable[[], Tensor], module: nn.Module | None = None, *, inputs: Any = None, number: int = 0
+        self,
+        loss: Callable[[], Tensor],
+        module: nn.Module | None = None,
+        *,
+        inputs: Any = None,
+        number: int = 0,
+        compact: bool = False,
     ) -> Replay:
-        """Run forward and loss with everything stored exactly, for backward passes that round what they are told to.
+        """Run forward and loss with everything stored as it is, for backward passes that round what they are told to.
 
         Sites, sharing and derivation are as in a training step under the present `plan`; the engine's own figures and
         its noise stay as they are.
@@ -155,6 +162,7 @@ class ActMemEngine:
             module: As for `compress`.
             inputs: As for `compress`.
             number: Tells the noise of several probes in one step apart.
+            compact: Whether to store at 8 bits what may be packed, instead of exactly.
 
         Returns:
             The graph.
@@ -165,9 +173,11 @@ class ActMemEngine:
         store.plan = self.plan
         # The complement gives other noise than that of any training step.
         noise = mix64(~self.config.seed, self.rank, self.step, number)
-        store.watch = rounding = Rounding(noise, prober.ledger, store.cache, _backend(prober.config.backend))
+        store.watch = rounding = Rounding(noise, prober.ledger, store.cache, _backend(prober.config.backend), compact)
+        closed_form = ClosedForm(rounding, store.shared)
+        prober._tracker.replacements.update(dict.fromkeys(COVERED, closed_form.run))
         with prober.compress(module, inputs=inputs):
-            return Replay(loss(), rounding)
+            return Replay(loss(), rounding, closed_form)
 
     def _probe_config(self) -> ActMemConfig:
         """The same settings without adaptation, and without a second warning of a missing Triton."""

@@ -17,7 +17,7 @@ from .allocate import Choice, fewest_bytes, least_variance
 from .candidates import candidates, references
 from .measurement import Measurement, Measuring, merged
 from .replay import Replay
-from .schedule import schedule
+from .schedule import Target, schedule
 from .sensitivity import Average, Sensitivities
 from .sizes import Sizes
 from .state import as_list, spec_of
@@ -32,9 +32,15 @@ class Host(Protocol):
     plan: Plan
 
     def probe(
-        self, loss: Callable[[], Tensor], module: nn.Module | None = None, *, inputs: Any = None, number: int = 0
+        self,
+        loss: Callable[[], Tensor],
+        module: nn.Module | None = None,
+        *,
+        inputs: Any = None,
+        number: int = 0,
+        compact: bool = False,
     ) -> Replay:
-        """Run forward and loss with everything stored exactly."""
+        """Run forward and loss with everything stored as it is."""
         ...
 
 
@@ -110,6 +116,7 @@ class Adapter:
         *,
         inputs: Sequence[Any] | None = None,
         max_passes: int = 32,
+        compact: bool = True,
     ) -> Measurement:
         """Measure what rounding adds to the gradient, on disjoint parts of a batch.
 
@@ -122,6 +129,8 @@ class Adapter:
                 of the same size. They are run one after the other, each graph is freed before the next begins.
             inputs: The inputs of each closure, as for ``engine.compress``.
             max_passes: Backward passes in all.
+            compact: Whether probes keep what may be packed at 8 bits instead of exactly. A part of a quarter of the
+                batch then takes no more memory than a training step at 2 bits.
 
         Returns:
             What was measured, on all ranks.
@@ -142,19 +151,22 @@ class Adapter:
                 "Each takes an exact pass and one with the whole plan."
             )
         measuring = Measuring([parameter for parameter in module.parameters() if parameter.requires_grad])
-        targets = None
+        targets: list[Target] | None = None
         for number, closure in enumerate(closures):
             given = None if inputs is None else inputs[number]
-            replay = self._host.probe(closure, module, inputs=given, number=self.count * count + number)
+            probe = self.count * count + number
+            replay = self._host.probe(closure, module, inputs=given, number=probe, compact=compact)
             if not self.sizes.uses:
                 self.sizes.uses = dict(replay.uses)
-            if targets is None:
-                wanted = {site: references(candidates(use, self._config)) for site, use in replay.uses.items()}
-                targets = schedule(wanted, self.sensitivities, passes)
+            specs = {site: candidates(use, self._config) for site, use in replay.uses.items()}
             plan = {site: spec for site, use in replay.uses.items() if (spec := self._current(site, use)) is not None}
+            closed = measuring.begin(replay, plan, specs)
+            if targets is None:
+                wanted = {site: references(specs[site]) for site in replay.uses if site not in closed}
+                targets = schedule(wanted, self.sensitivities, passes)
             # Repeated targets fall on different closures.
             share = -(-len(targets) // count)
-            measuring.run(replay, plan, targets[number * share : (number + 1) * share])
+            measuring.replay(replay, targets[number * share : (number + 1) * share])
             del replay
         measurement = measuring.result()
         self._take(measurement if self.gather is None else merged(self.gather(measurement)))

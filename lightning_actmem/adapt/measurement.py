@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from lightning_actmem_kernels import CodecSpec
@@ -48,28 +49,47 @@ class Measuring:
         self._passes = 0
         self._probe_bytes = 0
 
-    def run(self, replay: Replay, plan: Mapping[Site, CodecSpec], targets: Sequence[Target]) -> None:
-        """Measure on one sub-batch: the exact gradient, the whole plan, then one target after the other."""
+    def begin(
+        self, replay: Replay, plan: Mapping[Site, CodecSpec], specs: Mapping[Site, Sequence[CodecSpec]]
+    ) -> set[Site]:
+        """Measure the exact gradient of a sub-batch, with it what has a closed form, and the whole plan at once.
+
+        Args:
+            replay: The sub-batch.
+            plan: The present codec of every site that is rounded.
+            specs: The codecs that may be chosen at every site.
+
+        Returns:
+            The sites that have a closed form.
+        """
         is_first = self._passes == 0
         _, distance = self._exact.take(replay)
         if not is_first:
             self._distances.append(distance / 2)
+        closed = replay.closed_form.variances(lambda site: specs[site])
+        self._errors += [((site, spec), value) for site, found in closed.items() for spec, value in found.items()]
         self._totals.append(self._exact.error(replay, plan))
+        self._passes += 2
+        self._probe_bytes = max(self._probe_bytes, replay.stored_bytes)
+        return set(closed)
+
+    def replay(self, replay: Replay, targets: Sequence[Target]) -> None:
+        """Measure one target after the other on the sub-batch that was begun last."""
         for site, spec in targets:
             if site in replay.uses:
                 self._errors.append(((site, spec), self._exact.error(replay, {site: spec})))
-        self._passes += 2 + len(targets)
-        self._probe_bytes = max(self._probe_bytes, replay.stored_bytes)
+                self._passes += 1
 
     def result(self) -> Measurement:
-        """Return the numbers: the one point that waits for the device."""
+        """Return the numbers: here alone the host waits for the device."""
         errors: dict[Target, list[float]] = {}
-        for target, error in self._errors:
-            errors.setdefault(target, []).append(error.item())
+        values = torch.stack([error for _, error in self._errors]).tolist() if self._errors else []
+        for (target, _), value in zip(self._errors, values, strict=True):
+            errors.setdefault(target, []).append(value)
         return Measurement(
             errors,
-            [distance.item() for distance in self._distances],
-            [total.item() for total in self._totals],
+            torch.stack(self._distances).tolist(),
+            torch.stack(self._totals).tolist(),
             self._passes,
             self._probe_bytes,
         )

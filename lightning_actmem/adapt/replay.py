@@ -12,6 +12,7 @@ from lightning_actmem_kernels import CodecSpec
 
 from ..saved.probe import Rounding, SiteUse
 from ..saved.site import Site
+from .linear import ClosedForm
 
 Specs = Mapping[Site, CodecSpec]
 
@@ -22,9 +23,11 @@ class Replay:
     Args:
         loss: The loss, computed while ``rounding`` stored the tensors.
         rounding: What backward rounds.
+        closed_form: The linear layers that were run.
     """
 
-    def __init__(self, loss: Tensor, rounding: Rounding) -> None:
+    def __init__(self, loss: Tensor, rounding: Rounding, closed_form: ClosedForm) -> None:
+        self.closed_form = closed_form
         self._loss = loss
         self._rounding = rounding
 
@@ -93,7 +96,9 @@ class ExactGradient:
             else:
                 before.copy_(gradient)
 
+        replay.closed_form.collecting = True
         replay.backward(self._parameters, {}, visit)
+        replay.closed_form.collecting = False
         return size, distance
 
     def error(self, replay: Replay, specs: Specs) -> Tensor:
