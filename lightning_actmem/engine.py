@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,6 +17,7 @@ from lightning_actmem_kernels import CodecSpec, resolve_backend
 
 from .adapt.adapter import Adapter
 from .adapt.linear import COVERED, ClosedForm
+from .adapt.outputs import Outputs
 from .adapt.replay import Replay
 from .config import LOSSLESS_BITS, ActMemConfig, ConfigLike
 from .errors import ActMemError, ActMemWarning
@@ -176,8 +177,10 @@ class ActMemEngine:
         store.watch = rounding = Rounding(noise, prober.ledger, store.cache, _backend(prober.config.backend), compact)
         closed_form = ClosedForm(rounding, store.shared)
         prober._tracker.replacements.update(dict.fromkeys(COVERED, closed_form.run))
-        with prober.compress(module, inputs=inputs):
-            return Replay(loss(), rounding, closed_form)
+        outputs = Outputs(rounding)
+        following = outputs if self.config.method == "actnn" else nullcontext()  # it holds gradients, for ActNN only
+        with prober.compress(module, inputs=inputs), following:
+            return Replay(loss(), rounding, closed_form, outputs)
 
     def _probe_config(self) -> ActMemConfig:
         """The same settings without adaptation, and without a second warning of a missing Triton."""

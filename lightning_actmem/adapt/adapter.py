@@ -14,10 +14,11 @@ from ..config import ActMemConfig
 from ..saved.probe import SiteUse
 from ..saved.site import Site
 from .allocate import Choice, fewest_bytes, least_variance
-from .candidates import candidates, references
+from .law import Law, Measured
 from .measurement import Measurement, Measuring, merged
+from .published import ActNN, Gact
 from .replay import Replay
-from .schedule import Target, schedule
+from .schedule import Target
 from .sensitivity import Average, Sensitivities
 from .sizes import Sizes
 from .state import as_list, spec_of
@@ -101,6 +102,8 @@ class Adapter:
         self._host = host
         self._config = config
         self._reference = Average()
+        laws: dict[str, Law] = {"actmem": Measured(), "actnn": ActNN(), "gact": Gact()}
+        self._law = laws[config.method]
 
     @property
     def predicted_noise(self) -> float | None:
@@ -158,12 +161,14 @@ class Adapter:
             replay = self._host.probe(closure, module, inputs=given, number=probe, compact=compact)
             if not self.sizes.uses:
                 self.sizes.uses = dict(replay.uses)
-            specs = {site: candidates(use, self._config) for site, use in replay.uses.items()}
+            choices = {site: self._law.candidates(use, self._config) for site, use in replay.uses.items()}
             plan = {site: spec for site, use in replay.uses.items() if (spec := self._current(site, use)) is not None}
-            closed = measuring.begin(replay, plan, specs)
+            measuring.begin(replay, plan)
+            found = self._law.without_replay(replay, choices)
+            measuring.add(found)
             if targets is None:
-                wanted = {site: references(specs[site]) for site in replay.uses if site not in closed}
-                targets = schedule(wanted, self.sensitivities, passes)
+                others = {site: specs for site, specs in choices.items() if site not in found}
+                targets = self._law.targets(others, self.sensitivities, passes)
             # Repeated targets fall on different closures.
             share = -(-len(targets) // count)
             measuring.replay(replay, targets[number * share : (number + 1) * share])
@@ -248,7 +253,7 @@ class Adapter:
 
     def _choices(self, site: Site, use: SiteUse) -> list[Choice]:
         choices = [Choice(None, use.stored_bytes(None), 0.0)]
-        for spec in candidates(use, self._config):
+        for spec in self._law.candidates(use, self._config):
             noise = self._noise_of(site, spec)
             if noise is not None:
                 choices.append(Choice(spec, use.stored_bytes(spec), noise))
@@ -269,7 +274,7 @@ class Adapter:
         return self._host.plan.get(site, use.default)
 
     def _noise_of(self, site: Site, spec: CodecSpec | None) -> float | None:
-        return self.sensitivities.variance(site, spec)
+        return self._law.variance(self.sensitivities, site, spec)
 
 
 def name_of(spec: CodecSpec | None) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lightning_actmem_kernels import CodecSpec
 
-from ..config import LOSSLESS_BITS, ActMemConfig
+from ..config import ActMemConfig
 from ..saved.probe import SiteUse
 
 _ROTATED_BITS = (1, 2, 3, 4)
@@ -25,11 +25,15 @@ def candidates(use: SiteUse, config: ActMemConfig) -> list[CodecSpec]:
     """
     if use.default.codec == "relu":
         return [_spec("relu", bits, config) for bits in _RELU_BITS]
-    floor = {"attention": config.attention_bits, "loss": config.loss_bits}.get(use.kind, 1)
     specs = [_spec("uniform", bits, config) for bits in _UNIFORM_BITS[config.codec]]
     if config.codec != "uniform":
         specs += [_spec("rotated", bits, config) for bits in _ROTATED_BITS]
-    return [spec for spec in specs if min(floor, LOSSLESS_BITS) <= spec.bits]
+    return [spec for spec in specs if spec.bits >= least_bits(use, config)]
+
+
+def least_bits(use: SiteUse, config: ActMemConfig) -> int:
+    """Return the floor of a site: attention and losses have one."""
+    return {"attention": config.attention_bits, "loss": config.loss_bits}.get(use.kind, 1)
 
 
 def references(specs: Sequence[CodecSpec]) -> list[CodecSpec]:

@@ -49,32 +49,27 @@ class Measuring:
         self._passes = 0
         self._probe_bytes = 0
 
-    def begin(
-        self, replay: Replay, plan: Mapping[Site, CodecSpec], specs: Mapping[Site, Sequence[CodecSpec]]
-    ) -> set[Site]:
-        """Measure the exact gradient of a sub-batch, with it what has a closed form, and the whole plan at once.
+    def begin(self, replay: Replay, plan: Mapping[Site, CodecSpec]) -> None:
+        """Measure the exact gradient of a sub-batch, and the whole plan at once.
 
         Args:
             replay: The sub-batch.
             plan: The present codec of every site that is rounded.
-            specs: The codecs that may be chosen at every site.
-
-        Returns:
-            The sites that have a closed form.
         """
         is_first = self._passes == 0
         _, distance = self._exact.take(replay)
         if not is_first:
             self._distances.append(distance / 2)
-        closed = replay.closed_form.variances(lambda site: specs[site])
-        self._errors += [((site, spec), value) for site, found in closed.items() for spec, value in found.items()]
         self._totals.append(self._exact.error(replay, plan))
         self._passes += 2
         self._probe_bytes = max(self._probe_bytes, replay.stored_bytes)
-        return set(closed)
+
+    def add(self, found: Mapping[Site, Mapping[CodecSpec, Tensor]]) -> None:
+        """Take what is known without replay."""
+        self._errors += [((site, spec), value) for site, by_spec in found.items() for spec, value in by_spec.items()]
 
     def replay(self, replay: Replay, targets: Sequence[Target]) -> None:
-        """Measure one target after the other on the sub-batch that was begun last."""
+        """Measure one target after the other on the sub-batch that was begun last, whose graph still lives."""
         for site, spec in targets:
             if site in replay.uses:
                 self._errors.append(((site, spec), self._exact.error(replay, {site: spec})))

@@ -13,6 +13,7 @@ from lightning_actmem_kernels import CodecSpec
 from ..saved.probe import Rounding, SiteUse
 from ..saved.site import Site
 from .linear import ClosedForm
+from .outputs import Outputs
 
 Specs = Mapping[Site, CodecSpec]
 
@@ -24,10 +25,12 @@ class Replay:
         loss: The loss, computed while ``rounding`` stored the tensors.
         rounding: What backward rounds.
         closed_form: The linear layers that were run.
+        outputs: The gradients behind the operations.
     """
 
-    def __init__(self, loss: Tensor, rounding: Rounding, closed_form: ClosedForm) -> None:
+    def __init__(self, loss: Tensor, rounding: Rounding, closed_form: ClosedForm, outputs: Outputs) -> None:
         self.closed_form = closed_form
+        self.outputs = outputs
         self._loss = loss
         self._rounding = rounding
 

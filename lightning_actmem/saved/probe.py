@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -77,6 +78,7 @@ class Rounding:
 
     def __init__(self, noise: int, ledger: Ledger, cache: DecodeCache, backend: str | None, compact: bool) -> None:
         self.uses: dict[Site, SiteUse] = {}
+        self.payloads: list[ReferenceType[ProbePayload]] = []
         self.ledger = ledger
         self._specs: Mapping[Site, CodecSpec] = {}
         self._draw = 0
@@ -107,7 +109,9 @@ class Rounding:
         charge = Charge(self.ledger, saved_bytes=kept.stored_bytes(layout.numel, tensor.dtype))
         encoded = encode(flat, kept, key=key, backend=self._backend)
         base = Payload(encoded, kept, layout.numel, tensor.dtype, key, self._backend, self._cache, (charge,))
-        return ProbePayload(base, site, spec, key, self)
+        payload = ProbePayload(base, site, spec, key, self)
+        self.payloads.append(ref(payload))
+        return payload
 
     def rounded(self, raw: Tensor, site: Site, key: int) -> Tensor:
         """Return a segment as backward is to see it now."""

@@ -1,0 +1,132 @@
+"""Prints what measured bits gain over uniform ones, as a table in Markdown.
+
+Run ``python -m benchmarks.allocation --text FILE`` (any text; without it the GPT learns rising sequences). A small GPT
+and a small ResNet are trained plainly for some steps first. Every row packs the same fresh batch: ``E|g' - g|^2`` over
+``|g|^2``, and the bytes stored. Nothing has a floor, so that "2 bits" is 2 bits. Adaptive rows measure on quarters of
+other batches, 32 backward passes at a time (GACT as many as it needs), and then allocate the bytes of uniform 2 bits,
+or 2 bits for every element that plain autograd would keep. The last columns are what the allocation predicts for its
+noise (relative to the minibatch gradient's own variance), and what the next measurement finds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.convergence import BATCH, CONTEXT, CharacterModel, encode, windows
+from benchmarks.gradient_error import Batch, Task, gpt, gradient, resnet
+from lightning_actmem import ActMemEngine
+
+PARTS = 4
+UNIFORM: dict[str, dict[str, Any]] = {
+    "uniform 2 bits": {"bits": 2},
+    "uniform 2 bits, dither": {"bits": 2, "codec": "uniform"},
+    "uniform 2 bits, min-max SR": {"bits": 2, "codec": "uniform", "rounding": "stochastic"},
+    "uniform 4 bits, min-max SR": {"bits": 4, "codec": "uniform", "rounding": "stochastic"},
+}
+ADAPTIVE: dict[str, dict[str, Any]] = {
+    "actmem": {"adapt": True},
+    "actmem, rotated only": {"adapt": True, "codec": "rotated"},
+    "actnn": {"method": "actnn"},
+    "gact": {"method": "gact"},
+}
+
+
+def text_model(path: Path) -> Task:
+    """A character transformer on a text."""
+    ids, characters = encode(path.read_text())
+    model = CharacterModel(characters).eval()
+    return (
+        model,
+        lambda: windows(ids, torch.randint(len(ids) - CONTEXT - 1, (BATCH,))),
+        lambda batch: model(*batch),
+    )
+
+
+def error(task: Task, batch: Batch, exact: Tensor, engine: ActMemEngine, draws: int) -> float:
+    """Return the mean squared error of the gradient, relative to its square."""
+    errors = [(gradient(task, batch, engine) - exact).square().sum() for _ in range(draws)]
+    return float(sum(errors) / draws / exact.square().sum())
+
+
+def measure(task: Task, engine: ActMemEngine) -> None:
+    """Run one adaptation's passes on two quarters of a new batch."""
+    model, new_batch, loss_of = task
+    batch = new_batch()
+    count = len(batch[0]) // PARTS
+    parts = [tuple(tensor[part * count : (part + 1) * count] for tensor in batch) for part in range(2)]
+    assert engine.adapter is not None
+    engine.adapter.measure(model, [lambda part=part: loss_of(part) for part in parts], inputs=parts)
+
+
+def adapted(task: Task, batch: Batch, adaptations: int, config: dict[str, Any]) -> ActMemEngine:
+    """Return an engine that has seen a training step, measured several times and allocated."""
+    engine = ActMemEngine(bits=2, attention_bits=1, min_elements=0, **config)
+    gradient(task, batch, engine)
+    for _ in range(adaptations):
+        measure(task, engine)
+    assert engine.adapter is not None
+    engine.adapter.allocate()
+    return engine
+
+
+def row(name: str, engine: ActMemEngine, variance: float, noise: str = " | ") -> None:
+    report = engine.report()
+    print(
+        f"| {name} | {report.stored_bytes:,} | {report.bits_per_element:.2f} | {variance:.2e} | {noise} |", flush=True
+    )
+
+
+def table(name: str, task: Task, options: argparse.Namespace) -> None:
+    """Print a model's table."""
+    batch = task[1]()
+    exact = gradient(task, batch, None)
+    print(f"\n| {name} | stored bytes | bits per activation | variance | predicted noise | measured noise |")
+    print("|---|---|---|---|---|---|")
+    for label, config in UNIFORM.items():
+        engine = ActMemEngine(config, attention_bits=config["bits"], min_elements=0)
+        show(label, engine, error(task, batch, exact, engine, options.draws))
+    report = engine.report()
+    budget = {"budget": str(report.elements * 2 // 8)}
+    for label, config in {**ADAPTIVE, "actmem, 2 bits per activation": budget}.items():
+        engine = adapted(task, batch, 1 if config.get("method") else options.adaptations, config)
+        variance = error(task, batch, exact, engine, options.draws)
+        assert engine.adapter is not None
+        predicted = engine.adapter.predicted_noise
+        measure(task, engine)
+        show(label, engine, variance, f"{predicted:.4f} | {engine.adapter.measured_noise:.4f}")
+
+
+def main() -> None:
+    """Train, measure, and print a table for each model."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--text", type=Path, help="a text file for the GPT")
+    parser.add_argument("--draws", type=int, default=6)
+    parser.add_argument("--warmup", type=int, default=150, help="training steps before measuring")
+    parser.add_argument("--adaptations", type=int, default=4)
+    parser.add_argument("--only", choices=["GPT", "ResNet"])
+    options = parser.parse_args()
+    builds: dict[str, Callable[[], Task]] = {
+        "GPT": gpt if options.text is None else lambda: text_model(options.text),
+        "ResNet": resnet,
+    }
+    for name, build in builds.items():
+        if options.only not in (None, name):
+            continue
+        torch.manual_seed(0)
+        task = model, new_batch, loss_of = build()
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+        for _ in range(options.warmup):
+            optimizer.zero_grad()
+            loss_of(new_batch()).backward()
+            optimizer.step()
+        table(name, task, options)
+
+
+if __name__ == "__main__":
+    main()
