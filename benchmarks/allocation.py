@@ -75,11 +75,11 @@ def adapted(task: Task, batch: Batch, adaptations: int, config: dict[str, Any]) 
     return engine
 
 
-def row(name: str, engine: ActMemEngine, variance: float, noise: str = " | ") -> None:
+def show(name: str, engine: ActMemEngine, variance: float, noise: str = " | ") -> None:
+    """Print a row."""
     report = engine.report()
-    print(
-        f"| {name} | {report.stored_bytes:,} | {report.bits_per_element:.2f} | {variance:.2e} | {noise} |", flush=True
-    )
+    stored = f"{report.stored_bytes:,} | {report.bits_per_element:.2f}"
+    print(f"| {name} | {stored} | {variance:.2e} | {noise} |", flush=True)
 
 
 def table(name: str, task: Task, options: argparse.Namespace) -> None:
