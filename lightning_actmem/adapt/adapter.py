@@ -174,7 +174,9 @@ class Adapter:
             measuring.replay(replay, targets[number * share : (number + 1) * share])
             del replay
         measurement = measuring.result()
-        self._take(measurement if self.gather is None else merged(self.gather(measurement)))
+        if self.gather is not None:
+            measurement = merged(self.gather(measurement))
+        self._take(measurement)
         return measurement
 
     def allocate(self) -> list[Change]:

@@ -80,14 +80,18 @@ class ClosedForm:
 
     def run(self, function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Run a linear layer; follow its input if that has been stored."""
-        result = function(*arguments, **keywords)
         given = {**dict(zip(_CONVOLUTION_ARGUMENTS, arguments, strict=False)), **keywords}
         x, weight = given.get("input"), given.get("weight")
-        if isinstance(x, Tensor) and isinstance(weight, Tensor) and weight.requires_grad and result.grad_fn is not None:
-            found = self._find(x)
+        uses = _uses(self._find(x))
+        result = function(*arguments, **keywords)
+        payload = self._find(x)
+        # Under autocast it is a copy of the input that has been stored, and the input itself for somebody else.
+        if payload is None or payload.uses != uses + 1 or result.grad_fn is None:
+            return result
+        if isinstance(x, Tensor) and isinstance(weight, Tensor) and weight.requires_grad:
             cost = _linear_cost if function in _LINEAR else _convolution_cost(given, x, weight)
-            if found is not None and cost is not None:
-                self._follow(found, x, cost, result)
+            if cost is not None:
+                self._follow(payload, x, cost, result)
         return result
 
     def variances(self, specs_of: Callable[[Site], Sequence[CodecSpec]]) -> dict[Site, dict[CodecSpec, Tensor]]:
@@ -117,19 +121,17 @@ class ClosedForm:
         complete = all(len(known.readers) == known.expected == known.payload.uses - others for known in group)
         return complete and len(group) == len(self._rounding.uses[site].numels)
 
-    def _find(self, x: Tensor) -> _Input | None:
+    def _find(self, x: Any) -> ProbePayload | None:
         """Return the stored segment that holds a layer's input and nothing else."""
         if type(x) is not Tensor or x.layout is not torch.strided:
             return None
         handle = self._shared[x.untyped_storage()].find(Geometry.of(x), 0)
         if not isinstance(handle, Packed) or not isinstance(handle.payload, ProbePayload):
             return None
-        payload = handle.payload
-        if payload.numel != x.numel():
-            return None
-        return self._inputs.setdefault(id(payload), _Input(payload))
+        return handle.payload if handle.payload.numel == x.numel() else None
 
-    def _follow(self, known: _Input, x: Tensor, cost: Callable[[Tensor], Tensor], result: Tensor) -> None:
+    def _follow(self, payload: ProbePayload, x: Tensor, cost: Callable[[Tensor], Tensor], result: Tensor) -> None:
+        known = self._inputs.setdefault(id(payload), _Input(payload))
         known.expected += 1
         readers, size, stride, this = known.readers, tuple(x.shape), x.stride(), ref(self)
 
@@ -140,6 +142,10 @@ class ClosedForm:
 
         node: Any = result.grad_fn
         node.register_prehook(collect)
+
+
+def _uses(payload: ProbePayload | None) -> int:
+    return 0 if payload is None else payload.uses
 
 
 def _variance(known: _Input, spec: CodecSpec, rounding: Rounding) -> Tensor:

@@ -132,3 +132,20 @@ def test_a_frozen_layer_costs_nothing_and_is_not_followed() -> None:
     model.layer.requires_grad_(False)
     replay, _ = probed(model, torch.randn(300, 96))
     assert replay.closed_form.variances(lambda _: SPECS) == {}
+
+
+def test_under_autocast_the_input_is_not_taken_for_its_copy() -> None:
+    """The activation stores the input, the layer a bfloat16 copy of it: neither is read by linear layers alone."""
+    first, last = nn.Linear(96, 96), nn.Linear(96, 96)
+    model, x = nn.Sequential(first, last), torch.randn(128, 96)
+
+    def loss() -> Tensor:
+        h = first(x).float()
+        return (F.gelu(h) + last(h)).square().mean()
+
+    engine = ActMemEngine(derive=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        replay = engine.probe(loss, model, inputs=x)
+    ExactGradient(list(model.parameters())).take(replay)
+    (site,) = (site for site in replay.uses if site.operation == "gelu")
+    assert site not in replay.closed_form.variances(lambda _: SPECS)
