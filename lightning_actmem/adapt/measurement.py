@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -32,6 +33,12 @@ class Measurement:
     totals: list[float] = field(default_factory=list)
     passes: int = 0
     probe_bytes: int = 0
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every number is one."""
+        errors = [error for draws in self.errors.values() for error in draws]
+        return all(map(math.isfinite, [*errors, *self.distances, *self.totals]))
 
 
 class Measuring:

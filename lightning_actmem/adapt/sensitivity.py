@@ -12,13 +12,13 @@ from ..saved.site import Site
 from .rates import rescaled
 from .state import as_list
 
-# A new measurement counts as much as all earlier ones together, twice as much as all before the last, and so on.
+# A new measurement counts as much as all earlier ones together.
 _DECAY = 0.5
 
 
 @dataclass
 class Average:
-    """An exponential average without the bias of its start (Kingma & Ba, "Adam", ICLR 2015, section 3).
+    """An exponential average whose start does not count (Kingma & Ba, "Adam: a method for stochastic optimization").
 
     Args:
         total: Weighted sum of what was measured.
@@ -30,10 +30,10 @@ class Average:
     weight: float = 0.0
     last: int = -1
 
-    def add(self, value: float, now: int) -> None:
-        """Take a measurement of adaptation ``now``."""
-        self.total = _DECAY * self.total + (1 - _DECAY) * value
-        self.weight = _DECAY * self.weight + (1 - _DECAY)
+    def add(self, value: float, now: int, decay: float = _DECAY) -> None:
+        """Take a measurement of adaptation ``now``; all earlier ones lose the share ``1 - decay`` of their weight."""
+        self.total = decay * self.total + (1 - decay) * value
+        self.weight = decay * self.weight + (1 - decay)
         self.last = now
 
     @property
@@ -43,7 +43,7 @@ class Average:
 
 
 class Sensitivities:
-    """The measured variances, by site and codec."""
+    """The measured variances of the gradient of a part of a batch, by site and codec."""
 
     def __init__(self) -> None:
         self.averages: dict[Site, dict[CodecSpec, Average]] = {}

@@ -227,6 +227,17 @@ def test_a_smaller_last_batch_does_not_set_the_sizes() -> None:
     assert training.adapter.sizes.uses == sizes
 
 
+def test_an_overflow_changes_nothing() -> None:
+    training = Training(adapt=True)
+    training.step()
+    training.measure()
+    before = training.engine.state_dict()["adapter"]
+    with torch.no_grad():
+        training.model[0].up.weight[0, 0] = torch.inf
+    assert not training.measure().is_finite
+    assert training.engine.state_dict()["adapter"] == {**before, "count": 2}
+
+
 def test_no_adapter_without_being_asked() -> None:
     assert ActMemEngine().adapter is None
     assert ActMemEngine(noise=0.1).adapter is not None
