@@ -19,8 +19,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lightning_actmem_kernels.reference.bfp import largest_mantissa
+from lightning_actmem_kernels.reference.exponent import carry_and_shift
+from lightning_actmem_kernels.reference.fp8 import FORMATS
 from lightning_actmem_kernels.reference.rotated import LEVELS, SQUARED_THRESHOLDS
-from lightning_actmem_kernels.triton import launch, mask, relu, rotated, uniform
+from lightning_actmem_kernels.triton import bfp, fp8, launch, mask, relu, rotated, uniform
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -36,8 +39,15 @@ INSTRUCTIONS_PER_SECOND = 132 * 4 * 1.98e9 * 32
 # A 64-bit product takes four issue slots.
 SLOTS = {"IMAD.WIDE": 4, "IMAD.HI": 4}
 ITEMSIZE = {"bf16": 2, "fp32": 4}
-POINTERS = {"codes_ptr": "*u8", "grids_ptr": "*i32", "steps_ptr": "*i16", "scales_ptr": "*i16"}
-META_BYTES = {"uniform": 4, "relu": 2, "rotated": 2}
+KERNELS = {"uniform": uniform, "relu": relu, "rotated": rotated, "bfp": bfp, "fp8_e4m3": fp8, "fp8_e5m2": fp8}
+POINTERS = {
+    "codes_ptr": "*u8",
+    "grids_ptr": "*i32",
+    "steps_ptr": "*i16",
+    "scales_ptr": "*i16",
+    "exponents_ptr": "*u8",
+}
+META_BYTES = {"uniform": 4, "relu": 2, "rotated": 2, "bfp": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 
 # Instructions per element on sm_90, (encode, decode): a few per cent above what was measured, to see a regression.
 LIMITS = {
@@ -52,6 +62,13 @@ LIMITS = {
     ("rotated", 4, "bf16"): (63.5, 30.0),
     ("rotated", 1, "fp32"): (36.8, 25.8),
     ("rotated", 4, "fp32"): (78.5, 40.0),
+    ("bfp", 8, "bf16"): (13.8, 11.6),
+    ("bfp", 4, "bf16"): (12.9, 11.2),
+    ("bfp", 2, "bf16"): (12.8, 10.7),
+    ("bfp", 4, "fp32"): (12.5, 11.4),
+    ("fp8_e4m3", 8, "bf16"): (21.0, 13.6),
+    ("fp8_e4m3", 8, "fp32"): (20.7, 12.6),
+    ("fp8_e5m2", 8, "bf16"): (21.0, 13.6),
 }
 
 
@@ -67,7 +84,7 @@ class Case:
     @property
     def kernel(self) -> Any:
         """The Triton function."""
-        module = {"uniform": uniform, "relu": relu, "rotated": rotated}[self.codec]
+        module = KERNELS[self.codec]
         return module._encode if self.encodes else module._decode
 
     def elements(self, target: GPUTarget) -> int:
@@ -93,12 +110,22 @@ class Case:
         constants |= {"RAGGED": False, "NEAREST": False, "DITHER": True, "CENTRE": False, "TINY": 2.0**-126}
         constants |= {f"L{i}": level for i, level in enumerate((*levels, *[0.0] * 8)[:8])}
         constants |= {f"T{i}": threshold for i, threshold in enumerate((*thresholds, *[0.0] * 7)[:7])}
+        if self.codec == "bfp":
+            constants |= _scaled(largest_mantissa(self.bits))
+        elif self.codec in FORMATS:
+            form = FORMATS[self.codec]
+            constants |= _scaled(form.largest) | {"MANTISSA": form.mantissa, "BIAS": form.bias}
         bf16 = "*i32" if self.encodes else "*i16"
         flat = bf16 if self.dtype == "bf16" else "*fp32"
         return compile_kernel(self.kernel, constants, {"flat_ptr": flat}, target)
 
     def __str__(self) -> str:
         return f"{self.codec} {self.bits} bit {self.dtype} {'encode' if self.encodes else 'decode'}"
+
+
+def _scaled(top: float) -> dict[str, float]:
+    """Constants of the codecs with one power of two per group, whose codes reach up to `top`."""
+    return {"TOP": top, **dict(zip(("CARRY", "SHIFT"), carry_and_shift(top), strict=True))}
 
 
 CASES = [Case(codec, bits, dtype, encodes) for codec, bits, dtype in LIMITS for encodes in (True, False)]

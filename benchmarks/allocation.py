@@ -5,8 +5,8 @@ and a small ResNet are trained plainly for some steps first. Every row packs the
 ``|g|^2``, and the bytes stored. Nothing has a floor, so that "2 bits" is 2 bits; what the loss stores is
 exact unless the row says otherwise. Adaptive rows measure on quarters of other batches, 32 backward passes at a time
 (GACT as many as it needs), and then allocate the bytes of uniform 2 bits, or 2 bits for every element that plain
-autograd would keep. The last columns are what the allocation predicts for its
-noise (relative to the minibatch gradient's own variance), and what the next measurement finds.
+autograd would keep. The last columns are the noise (relative to the minibatch gradient's own
+variance) that the sum over the sites predicts after one more measurement, and what that finds for all sites at once.
 """
 
 from __future__ import annotations
@@ -104,9 +104,8 @@ def table(name: str, task: Task, options: argparse.Namespace) -> None:
         engine = adapted(task, batch, 1 if "method" in config else options.adaptations, config)
         variance = error(task, batch, exact, engine, options.draws)
         assert engine.adapter is not None
-        predicted = engine.adapter.predicted_noise
         measure(task, engine)
-        show(label, engine, variance, f"{predicted:.4f} | {engine.adapter.measured_noise:.4f}")
+        show(label, engine, variance, f"{engine.adapter.expected_noise:.4f} | {engine.adapter.measured_noise:.4f}")
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from lightning_actmem_kernels.reference import compiled
 from lightning_actmem_kernels.spec import WIDTHS
 
 CSV = Path(__file__).with_name("codecs.csv")
-CODECS = ("uniform", "rotated", "relu", "mask")
+CODECS = ("uniform", "rotated", "relu", "bfp", "fp8_e4m3", "fp8_e5m2", "mask")
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 QUANTILES = {"low_ms": 0.2, "median_ms": 0.5, "high_ms": 0.8}
 MIN_SECONDS, MIN_RUNS = 0.5, 5

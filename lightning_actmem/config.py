@@ -13,12 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_actmem_kernels import CodecSpec
+from lightning_actmem_kernels.spec import WIDTHS
 
 from .units import parse_bytes
 
 LOSSLESS_BITS = 32
 BITS = (1, 2, 3, 4, 8, LOSSLESS_BITS)
-CODECS = ("auto", "uniform", "rotated", "identity")
+CODECS = ("auto", "measured", "uniform", "rotated", "bfp", "fp8_e4m3", "fp8_e5m2", "identity")
+_NARROW_CODECS = ("bfp", "fp8_e4m3", "fp8_e5m2")
 ROUNDINGS = ("dither", "stochastic", "nearest")
 BACKENDS = ("auto", "triton", "torch")
 METHODS = ("actmem", "actnn", "gact")
@@ -33,13 +35,14 @@ class ActMemConfig:
     Args:
         bits: Bits per stored activation element: 1, 2, 3, 4 or 8; 32 is lossless, bit-equal to plain training: floats
             stay as they are, masks and indices shrink.
-        codec: ``"auto"`` (rotated at 1 and 2 bits, min-max groups from 3), ``"uniform"`` (min-max groups),
-            ``"rotated"`` (random rotation within groups, at 1 to 4 bits) or ``"identity"`` (a lossless copy:
-            exercises the whole packing path, saves nothing; for debugging). Outputs of a ReLU always get a code that
-            keeps zeros exact.
+        codec: ``"auto"`` (rotated at 1 and 2 bits, min-max groups from 3), ``"measured"`` (for each site the one with
+            the least error on its own first tensor), ``"uniform"`` (min-max groups), ``"rotated"`` (random rotation
+            within groups, at 1 to 4 bits), ``"bfp"`` (block floating point, at 2, 3, 4 and 8 bits), ``"fp8_e4m3"`` and
+            ``"fp8_e5m2"`` (scaled float8, at 8 bits) or ``"identity"`` (a lossless copy: exercises the whole packing
+            path, saves nothing; for debugging). Outputs of a ReLU always get a code that keeps zeros exact.
         group_size: Consecutive elements that share one minimum and step: a power of two from 32 to 1024.
-        rounding: ``"dither"`` (subtractive dither: unbiased, half the variance of stochastic rounding),
-            ``"stochastic"`` or ``"nearest"`` (biased; for comparison).
+        rounding: ``"dither"`` (subtractive dither: unbiased, half the variance of stochastic rounding; float8 has no
+            dither and takes stochastic rounding instead), ``"stochastic"`` or ``"nearest"`` (biased; for comparison).
         seed: Seed of the rounding noise, from 0 to 2**31 - 1. The noise never touches a random generator of yours.
         backend: ``"auto"`` (Triton on a GPU where it is installed, else PyTorch), ``"triton"`` or ``"torch"``.
         derive: Compute again, instead of storing, what follows from a stored tensor by a cheap operation, and store of
@@ -93,7 +96,13 @@ class ActMemConfig:
         for name in ("bits", "attention_bits", "loss_bits"):
             _check_choice(name, getattr(self, name), BITS, "Use 32 for lossless storage.")
         _check_choice("codec", self.codec, CODECS)
+        _check_codec_bits(self.codec, self.bits)
         _check_choice("rounding", self.rounding, ROUNDINGS)
+        if self.codec == "measured" and self.rounding == "nearest":
+            raise ValueError(
+                "rounding must be 'dither' or 'stochastic' with codec 'measured', which compares unbiased codecs, got "
+                "'nearest'. Choose one of these, or name a codec."
+            )
         _check_choice("backend", self.backend, BACKENDS)
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be from 0 to 2**31 - 1, got {self.seed}. Choose another number.")
@@ -247,6 +256,13 @@ def _check_choice(name: str, value: object, allowed: Sequence[object], remedy: s
     if value not in allowed:
         choices = ", ".join(repr(choice) for choice in allowed)
         raise ValueError(f"{name} must be one of {choices}, got {value!r}. {remedy}")
+
+
+def _check_codec_bits(codec: str, bits: int) -> None:
+    allowed = (*WIDTHS[codec], LOSSLESS_BITS) if codec in _NARROW_CODECS else BITS
+    if bits not in allowed:
+        choices = ", ".join(map(str, allowed))
+        raise ValueError(f"bits must be one of {choices} with codec {codec!r}, got {bits}. Or use codec='auto'.")
 
 
 def _schema() -> str:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 
 class Bottleneck(nn.Module):
@@ -108,3 +115,19 @@ def bert(attention: str = "sdpa", dropout: float = 0.1) -> BertForSequenceClassi
         attention_probs_dropout_prob=dropout,
     )
     return BertForSequenceClassification(config).train()
+
+
+def llama(attention: str = "sdpa", dropout: float = 0.1) -> LlamaForCausalLM:
+    """Return a two-layer Llama with grouped queries (4 heads, 2 of keys) and random weights; input as for `gpt2`."""
+    config = LlamaConfig(
+        num_hidden_layers=2,
+        hidden_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=352,
+        vocab_size=256,
+        max_position_embeddings=128,
+        attn_implementation=attention,
+        attention_dropout=dropout,
+    )
+    return LlamaForCausalLM(config).train()

@@ -16,7 +16,16 @@ from lightning_actmem import ActMemConfig
     ("fields", "message"),
     [
         ({"bits": 5}, r"bits must be one of 1, 2, 3, 4, 8, 32, got 5\. Use 32 for lossless storage\."),
-        ({"codec": "zip"}, r"codec must be one of 'auto', 'uniform', 'rotated', 'identity', got 'zip'"),
+        ({"codec": "zip"}, r"codec must be one of 'auto', .*, 'identity', got 'zip'"),
+        (
+            {"codec": "bfp", "bits": 1},
+            r"bits must be one of 2, 3, 4, 8, 32 with codec 'bfp', got 1\. Or use codec='auto'",
+        ),
+        ({"codec": "fp8_e4m3"}, r"bits must be one of 8, 32 with codec 'fp8_e4m3', got 4\. Or use codec='auto'"),
+        (
+            {"codec": "measured", "rounding": "nearest"},
+            r"rounding must be 'dither' or 'stochastic' with codec 'measured'",
+        ),
         ({"group_size": -32}, r"group_size must be one of 32, .*, got -32"),
         ({"group_size": 100}, r"group_size must be one of 32, .*, got 100"),
         ({"rounding": "up"}, r"rounding must be one of 'dither', 'stochastic', 'nearest', got 'up'"),

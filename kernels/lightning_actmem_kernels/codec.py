@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .spec import CodecSpec
+from .spec import FP8, CodecSpec
 
 Payload = tuple[Tensor, ...]
 
@@ -19,10 +19,15 @@ _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "uniform": _GRID_DTYPES,
     "rotated": _GRID_DTYPES,
     "relu": _GRID_DTYPES,
+    "bfp": _GRID_DTYPES,
+    "fp8_e4m3": _GRID_DTYPES,
+    "fp8_e5m2": _GRID_DTYPES,
     "mask": (torch.bool,),
     "two_valued": (*_GRID_DTYPES, torch.float64),
     "integer": (torch.int16, torch.int32, torch.int64),
 }
+_GRID_ENCODE = {"uniform": ops.uniform_encode, "relu": ops.relu_encode, "bfp": ops.bfp_encode}
+_GRID_DECODE = {"uniform": ops.uniform_decode, "relu": ops.relu_decode, "bfp": ops.bfp_decode}
 _TRITON_DEVICES = ("cuda", "xpu")
 
 
@@ -73,7 +78,9 @@ def encode(flat: Tensor, spec: CodecSpec, *, key: int, backend: str | None = Non
         return ops.mask_encode(flat != 0, engine), value
     if spec.codec == "rotated":
         return ops.rotated_encode(flat, spec.bits, spec.group_size, spec.centre, key, engine)
-    quantise = ops.uniform_encode if spec.codec == "uniform" else ops.relu_encode
+    if spec.codec in FP8:
+        return ops.fp8_encode(flat, spec.codec, spec.group_size, spec.rounding, key, engine)
+    quantise = _GRID_ENCODE[spec.codec]
     codes, grid = quantise(flat, spec.bits, spec.group_size, spec.rounding, key, engine)
     return codes, grid
 
@@ -112,8 +119,9 @@ def decode(
         return torch.where(ops.mask_decode(stored, numel, engine), payload[1], 0)
     if spec.codec == "rotated":
         return ops.rotated_decode(stored, payload[1], spec.bits, key, numel, dtype, engine)
-    restore = ops.uniform_decode if spec.codec == "uniform" else ops.relu_decode
-    return restore(stored, payload[1], spec.bits, spec.rounding, key, numel, dtype, engine)
+    if spec.codec in FP8:
+        return ops.fp8_decode(stored, payload[1], spec.codec, numel, dtype, engine)
+    return _GRID_DECODE[spec.codec](stored, payload[1], spec.bits, spec.rounding, key, numel, dtype, engine)
 
 
 def resolve_backend(backend: str | None, device: torch.device) -> str:

@@ -104,6 +104,28 @@ def _rotated_decode_fake(
     return codes.new_empty((numel,), dtype=dtype)
 
 
+def _fp8_encode(flat: Tensor, name: str, group_size: int, rounding: str, key: int, backend: str) -> _Pair:
+    payload: _Pair = _codec("fp8", backend).encode(flat, name, group_size, rounding, key)
+    return payload
+
+
+def _fp8_encode_fake(flat: Tensor, name: str, group_size: int, rounding: str, key: int, backend: str) -> _Pair:
+    groups = (flat.numel() + group_size - 1) // group_size
+    codes = flat.new_empty((groups, 8, group_size // 8), dtype=torch.uint8)
+    return codes, flat.new_empty((groups,), dtype=torch.uint8)
+
+
+def _fp8_decode(codes: Tensor, exponents: Tensor, name: str, numel: int, dtype: torch.dtype, backend: str) -> Tensor:
+    flat: Tensor = _codec("fp8", backend).decode(codes, exponents, name, numel, dtype)
+    return flat
+
+
+def _fp8_decode_fake(
+    codes: Tensor, exponents: Tensor, name: str, numel: int, dtype: torch.dtype, backend: str
+) -> Tensor:
+    return codes.new_empty((numel,), dtype=dtype)
+
+
 def _mask_encode(flat: Tensor, backend: str) -> Tensor:
     packed: Tensor = _codec("mask", backend).encode(flat)
     return packed
@@ -134,6 +156,20 @@ uniform_encode = _register("uniform_encode", _GRID_ENCODE, _grid_encode("uniform
 uniform_decode = _register("uniform_decode", _GRID_DECODE, _grid_decode("uniform"), _grid_decode_fake)
 relu_encode = _register("relu_encode", _GRID_ENCODE, _grid_encode("relu"), _grid_encode_fake(torch.int16))
 relu_decode = _register("relu_decode", _GRID_DECODE, _grid_decode("relu"), _grid_decode_fake)
+bfp_encode = _register("bfp_encode", _GRID_ENCODE, _grid_encode("bfp"), _grid_encode_fake(torch.uint8))
+bfp_decode = _register("bfp_decode", _GRID_DECODE, _grid_decode("bfp"), _grid_decode_fake)
+fp8_encode = _register(
+    "fp8_encode",
+    "(Tensor flat, str name, int group_size, str rounding, int key, str backend) -> (Tensor, Tensor)",
+    _fp8_encode,
+    _fp8_encode_fake,
+)
+fp8_decode = _register(
+    "fp8_decode",
+    "(Tensor codes, Tensor exponents, str name, SymInt numel, ScalarType dtype, str backend) -> Tensor",
+    _fp8_decode,
+    _fp8_decode_fake,
+)
 rotated_encode = _register(
     "rotated_encode",
     "(Tensor flat, int bits, int group_size, bool centre, int key, str backend) -> (Tensor, Tensor)",

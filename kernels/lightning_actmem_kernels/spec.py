@@ -12,12 +12,16 @@ WIDTHS: dict[str, tuple[int, ...]] = {
     "uniform": (1, 2, 3, 4, 8),
     "rotated": (1, 2, 3, 4),
     "relu": (2, 3, 4, 8),
+    "bfp": (2, 3, 4, 8),
+    "fp8_e4m3": (8,),
+    "fp8_e5m2": (8,),
     "mask": (1,),
     "two_valued": (1,),
     "integer": (8, 16, 32),
 }
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 ROUNDINGS = ("dither", "stochastic", "nearest")
+FP8 = ("fp8_e4m3", "fp8_e5m2")
 LOSSLESS = frozenset({"identity", "mask", "two_valued", "integer"})
 
 
@@ -32,15 +36,19 @@ class CodecSpec:
 
     Args:
         codec: `uniform` (per-group min-max grid), `rotated` (random rotation to the levels of a normal distribution),
-            `relu` (grid whose level 0 is exactly zero), `mask` (bool), `two_valued` (float in {0, s}), `integer`
-            (lossless narrowing) or `identity` (a copy).
-        bits: Bits per element. uniform: 1, 2, 3, 4, 8; rotated: 1, 2, 3, 4; relu: 2, 3, 4, 8; integer: 8, 16, 32. The
-            other codecs have one width (identity 32, mask and two_valued 1) and set it whatever is given.
-        group_size: Elements that share a grid (uniform, relu) or a rotation (rotated): a power of two from 32 to 1024.
-        rounding: How uniform and relu round. With u uniform in (0, 1) and v the position on the grid,
+            `relu` (grid whose level 0 is exactly zero), `bfp` (block floating point: signed mantissas under one power
+            of two per group), `fp8_e4m3` and `fp8_e5m2` (float8 under one power of two per group), `mask` (bool),
+            `two_valued` (float in {0, s}), `integer` (lossless narrowing) or `identity` (a copy).
+        bits: Bits per element. uniform: 1, 2, 3, 4, 8; rotated: 1, 2, 3, 4; relu and bfp: 2, 3, 4, 8; integer: 8,
+            16, 32. The other codecs have one width (identity 32, fp8 8, mask and two_valued 1) and set it whatever is
+            given.
+        group_size: Elements that share a grid (uniform, relu), a rotation (rotated) or an exponent (bfp, fp8): a power
+            of two from 32 to 1024.
+        rounding: How uniform, relu and bfp round. With u uniform in (0, 1) and v the position on the grid,
             `dither` stores floor(v + u) and restores q + 1/2 - u (error variance step^2/12, unbiased);
             `stochastic` stores floor(v + u) and restores q (variance step^2 f(1 - f), f = v mod 1, unbiased);
             `nearest` stores floor(v + 1/2) and restores q (no noise, biased).
+            fp8 has no single step to dither by: there `dither` means `stochastic`.
         centre: Whether rotated keeps the mean of each group apart, for 2 bytes more.
 
     Raises:
@@ -54,12 +62,14 @@ class CodecSpec:
     centre: bool = False
 
     def __post_init__(self) -> None:
-        """Check the fields; set the width of a codec that has only one."""
+        """Check the fields; set those of which a codec has only one."""
         widths = WIDTHS.get(self.codec)
         if widths is None:
             raise ValueError(f"codec must be one of {_one_of(list(WIDTHS))}, got {self.codec!r}. Choose one of these.")
         if len(widths) == 1:
             object.__setattr__(self, "bits", widths[0])
+        if self.codec in FP8 and self.rounding == "dither":
+            object.__setattr__(self, "rounding", "stochastic")
         if type(self.bits) is not int or self.bits not in widths:
             raise ValueError(
                 f"bits must be one of {_one_of(widths)} for codec {self.codec!r}, got {self.bits!r}. "
@@ -100,6 +110,9 @@ class CodecSpec:
             "uniform": groups * (code_bytes + 4),
             "rotated": groups * (code_bytes + (4 if self.centre else 2)),
             "relu": groups * (code_bytes + 2),
+            "bfp": groups * (code_bytes + 1),
+            "fp8_e4m3": groups * (code_bytes + 1),
+            "fp8_e5m2": groups * (code_bytes + 1),
             "mask": -(-numel // 8),
             "two_valued": -(-numel // 8) + dtype.itemsize,
             "integer": numel * self.bits // 8,

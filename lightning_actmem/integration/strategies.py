@@ -48,7 +48,8 @@ class ActMemStrategy(_ActMemMixin, SingleDeviceStrategy):
     Args:
         config: An `ActMemConfig`, a mapping, an OmegaConf node or the path of a YAML file.
         bits: As in `ActMemConfig`, like all that follow; they win over ``config``, and ``None`` means "as there".
-        codec: ``"auto"``, ``"uniform"``, ``"rotated"`` or ``"identity"``.
+        codec: ``"auto"``, ``"measured"``, ``"uniform"``, ``"rotated"``, ``"bfp"``, ``"fp8_e4m3"``, ``"fp8_e5m2"`` or
+            ``"identity"``.
         group_size: Consecutive elements that share one minimum and step.
         rounding: ``"dither"``, ``"stochastic"`` or ``"nearest"``.
         seed: Seed of the rounding noise.
@@ -194,7 +195,8 @@ class ActMemDDPStrategy(_ActMemMixin, DDPStrategy):
     Args:
         config: An `ActMemConfig`, a mapping, an OmegaConf node or the path of a YAML file.
         bits: As in `ActMemConfig`, like all that follow; they win over ``config``, and ``None`` means "as there".
-        codec: ``"auto"``, ``"uniform"``, ``"rotated"`` or ``"identity"``.
+        codec: ``"auto"``, ``"measured"``, ``"uniform"``, ``"rotated"``, ``"bfp"``, ``"fp8_e4m3"``, ``"fp8_e5m2"`` or
+            ``"identity"``.
         group_size: Consecutive elements that share one minimum and step.
         rounding: ``"dither"``, ``"stochastic"`` or ``"nearest"``.
         seed: Seed of the rounding noise.

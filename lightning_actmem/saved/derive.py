@@ -26,8 +26,8 @@ _ELEMENTWISE = ops.ACTIVATIONS | ops.PRODUCTS | ops.POWERS | ops.RELU | ONE_BIT 
 _ROWS = frozenset("layer_norm group_norm rms_norm softmax masked_fill where".split())
 _COPIES = frozenset("to float half bfloat16 type_as contiguous clone reshape flatten cat stack".split())
 _MATRIX_PRODUCTS = frozenset("matmul bmm baddbmm".split())
-_REPLAYED = _ELEMENTWISE | _ROWS | _COPIES | _MATRIX_PRODUCTS
-_FROM_SAVED = frozenset(["batch_norm"]) | ops.DROPOUTS
+REPLAYED = _ELEMENTWISE | _ROWS | _COPIES | _MATRIX_PRODUCTS
+FROM_SAVED = frozenset(["batch_norm"]) | ops.DROPOUTS - {"native_dropout"}  # which returns its mask too
 #: Save their own output: its recipe is needed while the operation still runs.
 SAVES_OUTPUT = frozenset("relu tanh sigmoid softmax exp".split())
 
@@ -116,7 +116,7 @@ class Deriver:
     def before(self, function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Note | None:
         """Note an operation that is about to run, if its result may be derivable."""
         operation = ops.plain_name(function)
-        if operation not in _REPLAYED and operation not in _FROM_SAVED:
+        if operation not in REPLAYED and operation not in FROM_SAVED:
             return None
         return Note(operation, function, arguments, keywords)
 

@@ -147,7 +147,8 @@ class Identifier:
     def _float(self, tensor: Tensor, operation: str, role: str, source: Tensor | None, frame: Frame) -> Verdict:
         codecs = self._codecs
         if frame.is_loss or ops.is_loss(operation):
-            return Verdict(operation, role, "loss", codecs.loss, least_bits=_bits(codecs.loss))
+            unread = self._unread(tensor, operation, role)
+            return unread or Verdict(operation, role, "loss", codecs.loss, least_bits=_bits(codecs.loss))
         if operation in ops.DROPOUTS and source is None and not tensor.requires_grad:
             return Verdict(operation, role, "packed", TWO_VALUED)
         if operation in ops.ATTENTION:
@@ -170,12 +171,19 @@ class Identifier:
 
     def _reduced(self, tensor: Tensor, operation: str, role: str) -> Verdict | None:
         """Return the verdict on a tensor of which backward reads one bit per element, or nothing."""
+        if (unread := self._unread(tensor, operation, role)) is not None:
+            return unread
         if not self._codecs.smallest:
             return None
-        if role in UNREAD.get(operation, ()) and tensor.device.type in UNREAD_DEVICES:
-            return Verdict(operation, role, "unread", levels=(0.0, 0.0))
         found = one_bit(operation, self._call.arguments, self._call.keywords)
         return None if found is None else Verdict(operation, role, "packed", levels=found[0], bit=found[1])
+
+    def _unread(self, tensor: Tensor, operation: str, role: str) -> Verdict | None:
+        if not self._codecs.smallest or role not in UNREAD.get(operation, ()):
+            return None
+        if tensor.device.type not in UNREAD_DEVICES:
+            return None
+        return Verdict(operation, role, "unread", levels=(0.0, 0.0))
 
     def _activation(self, tensor: Tensor, operation: str, role: str, source: Tensor | None) -> Verdict:
         codecs = self._codecs

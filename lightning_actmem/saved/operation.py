@@ -26,7 +26,7 @@ MATMUL = frozenset(
 )
 RELU = frozenset(["relu"])
 ACTIVATIONS = frozenset(
-    "gelu silu mish softplus tanh sigmoid elu selu celu hardswish logsigmoid glu softsign tanhshrink".split()
+    "gelu silu mish softplus tanh sigmoid elu selu celu hardswish log_sigmoid glu softsign tanhshrink".split()
 )
 NORMS = frozenset("batch_norm layer_norm group_norm instance_norm rms_norm local_response_norm".split())
 POOLS = frozenset(

@@ -11,7 +11,10 @@ from torch import Tensor
 from .operation import POOLS
 
 #: Arguments that are saved for their shape alone. On MPS some pools do read their input.
-UNREAD = {**dict.fromkeys(POOLS, frozenset(["input"])), "gather": frozenset(["input"])}
+UNREAD = {
+    **dict.fromkeys(POOLS, frozenset(["input"])),
+    **dict.fromkeys(("gather", "pad", "nll_loss"), frozenset(["input"])),
+}
 UNREAD_DEVICES = frozenset(["cpu", "cuda", "xpu"])
 
 #: What a tensor is replaced by where the bit is off and where it is on, and the bit.

@@ -24,7 +24,9 @@ def test_a_rate_is_what_the_codec_does(codec: str, rounding: str, bits: int) -> 
 
 
 def test_every_width_of_every_rounding_codec_has_a_rate() -> None:
-    wanted = {(codec, rounding) for codec in ("uniform", "relu") for rounding in ROUNDINGS} | {("rotated", "dither")}
+    wanted = {(codec, rounding) for codec in ("uniform", "relu", "bfp") for rounding in ROUNDINGS} | {
+        ("rotated", "dither")
+    }
     assert set(RATES) == wanted
     assert all(tuple(row) == WIDTHS[codec] for (codec, _), row in RATES.items())
 

@@ -66,3 +66,18 @@ def test_the_same_bits(state, monkeypatch, bits, rounding):
             assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
     assert cpu_path() == "compiled: 2 functions"
     assert {case[0] for case in state.functions} == {uniform.encode_groups, uniform.decode_groups}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not compiled._has_compiler(), reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("spec", "functions"), [(CodecSpec("bfp", 4), 2), (CodecSpec("fp8_e4m3"), 1), (CodecSpec("fp8_e5m2"), 1)], ids=str
+)
+def test_the_same_bits_under_a_power_of_two(state, monkeypatch, spec, functions):
+    x = torch.randn(NUMEL) * torch.logspace(-30, 30, NUMEL)
+    x[::100_003] = torch.nan
+    wanted = _round_trip(x, spec, 9)
+    monkeypatch.setattr(compiled, "AFTER_ELEMENTS", 0)
+    for a, b in zip(_round_trip(x, spec, 9), wanted, strict=True):
+        assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+    assert cpu_path() == f"compiled: {functions} functions"

@@ -14,6 +14,8 @@ pytestmark = pytest.mark.gpu
 SPECS = [
     *(CodecSpec("uniform", bits, rounding=r) for bits in (1, 2, 3, 4, 8) for r in ("dither", "stochastic", "nearest")),
     *(CodecSpec("relu", bits) for bits in (2, 3, 4, 8)),
+    *(CodecSpec("bfp", bits, rounding=r) for bits in (2, 3, 4, 8) for r in ("dither", "nearest")),
+    *(CodecSpec(name, rounding=r) for name in ("fp8_e4m3", "fp8_e5m2") for r in ("stochastic", "nearest")),
     *(CodecSpec("rotated", bits, centre=centre) for bits in (1, 2, 3, 4) for centre in (False, True)),
 ]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,7 +65,17 @@ def test_any_stream():
         _assert_same(a, b)
 
 
-@pytest.mark.parametrize("spec", [CodecSpec("uniform", 2), CodecSpec("relu", 2), CodecSpec("rotated", 1)], ids=str)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        CodecSpec("uniform", 2),
+        CodecSpec("relu", 2),
+        CodecSpec("rotated", 1),
+        CodecSpec("bfp", 2),
+        CodecSpec("fp8_e4m3"),
+    ],
+    ids=str,
+)
 def test_more_than_two_thousand_million_elements(spec):
     numel, group_size = (1 << 31) + 1000, 256
     if torch.cuda.mem_get_info()[0] < 6 * numel:

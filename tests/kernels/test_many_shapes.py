@@ -10,7 +10,16 @@ from lightning_actmem_kernels import CodecSpec, Layout, decode, encode
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WIDTHS = {"uniform": (1, 2, 3, 4, 8), "rotated": (1, 2, 3, 4), "relu": (2, 3, 4, 8), "mask": (1,), "two_valued": (1,)}
+WIDTHS = {
+    "uniform": (1, 2, 3, 4, 8),
+    "rotated": (1, 2, 3, 4),
+    "relu": (2, 3, 4, 8),
+    "bfp": (2, 3, 4, 8),
+    "fp8_e4m3": (8,),
+    "fp8_e5m2": (8,),
+    "mask": (1,),
+    "two_valued": (1,),
+}
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 ROUNDINGS = ("dither", "stochastic", "nearest")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

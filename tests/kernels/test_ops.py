@@ -7,7 +7,7 @@ import torch
 
 from lightning_actmem_kernels import ops
 
-GRID = ("uniform", "relu")
+GRID = ("uniform", "relu", "bfp")
 
 
 def _cases():
@@ -21,6 +21,9 @@ def _cases():
         codes, scales = ops.rotated_encode(x, 3, 64, True, -9, "torch")
         yield ops.rotated_encode, (x, 3, 64, True, -9, "torch")
         yield ops.rotated_decode, (codes, scales, 3, -9, numel, torch.float16, "torch")
+        codes, exponents = ops.fp8_encode(x, "fp8_e4m3", 64, "stochastic", -9, "torch")
+        yield ops.fp8_encode, (x, "fp8_e4m3", 64, "stochastic", -9, "torch")
+        yield ops.fp8_decode, (codes, exponents, "fp8_e4m3", numel, torch.float16, "torch")
         bools, values = x < 0.5, torch.arange(numel)
         yield ops.mask_encode, (bools, "torch")
         yield ops.mask_decode, (ops.mask_encode(bools, "torch"), numel, "torch")
@@ -46,7 +49,7 @@ def test_the_fake_knows_size_dtype_and_stride(op, args):
 
 
 def test_every_operator_is_reachable_by_name():
-    codecs = ("uniform", "rotated", "relu", "mask", "integer")
+    codecs = ("uniform", "rotated", "relu", "bfp", "fp8", "mask", "integer")
     names = {f"{codec}_{way}" for codec in codecs for way in ("encode", "decode")}
     assert {name for name in dir(ops) if name in names} == names
     assert all(getattr(torch.ops.lightning_actmem, name).default is getattr(ops, name) for name in names)

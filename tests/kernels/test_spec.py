@@ -6,15 +6,17 @@ import pytest
 import torch
 
 from lightning_actmem_kernels import CodecSpec, encode
+from lightning_actmem_kernels.spec import WIDTHS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 NUMELS = (0, 1, 7, 8, 31, 255, 256, 257, 1009, 4097)
 
 WRONG = [
-    ({"codec": "zip"}, "codec must be one of identity, uniform, rotated, relu, mask, two_valued or integer, got 'zip'"),
+    ({"codec": "zip"}, "codec must be one of identity, uniform, .*, two_valued or integer, got 'zip'. Choose one"),
     ({"codec": "uniform", "bits": 5}, "bits must be one of 1, 2, 3, 4 or 8 for codec 'uniform', got 5. Choose one"),
     ({"codec": "uniform", "bits": 4.0}, "bits must be one of .* got 4.0"),
     ({"codec": "relu", "bits": 1}, "bits must be one of 2, 3, 4 or 8 for codec 'relu', got 1"),
+    ({"codec": "bfp", "bits": 1}, "bits must be one of 2, 3, 4 or 8 for codec 'bfp', got 1"),
     ({"codec": "rotated", "bits": 8}, "bits must be one of 1, 2, 3 or 4 for codec 'rotated', got 8"),
     ({"codec": "rotated", "centre": 1}, "centre must be True or False, got 1"),
     ({"codec": "integer"}, "bits must be one of 8, 16 or 32 for codec 'integer', got 4"),
@@ -31,8 +33,13 @@ def test_wrong_fields_are_named_with_the_remedy(fields, message):
 
 
 def test_codecs_with_one_width_set_it():
-    assert [CodecSpec(codec).bits for codec in ("identity", "mask", "two_valued")] == [32, 1, 1]
+    assert [CodecSpec(c).bits for c in ("identity", "fp8_e4m3", "fp8_e5m2", "mask", "two_valued")] == [32, 8, 8, 1, 1]
     assert CodecSpec("mask") == CodecSpec("mask", bits=1)
+
+
+def test_fp8_has_no_dither():
+    assert CodecSpec("fp8_e4m3") == CodecSpec("fp8_e4m3", rounding="stochastic")
+    assert CodecSpec("fp8_e4m3", rounding="nearest").rounding == "nearest"
 
 
 def test_specs_are_hashable_values():
@@ -40,16 +47,14 @@ def test_specs_are_hashable_values():
 
 
 def test_lossless():
-    lossless = {
-        codec for codec in ("identity", "uniform", "rotated", "relu", "mask", "two_valued") if CodecSpec(codec).lossless
-    }
+    lossless = {codec for codec in WIDTHS if codec != "integer" and CodecSpec(codec).lossless}
     assert lossless == {"identity", "mask", "two_valued"}
     assert CodecSpec("integer", bits=8).lossless
 
 
 def _stored_cases():
-    for codec, widths in {"uniform": (1, 2, 3, 4, 8), "relu": (2, 3, 4, 8)}.items():
-        for bits in widths:
+    for codec in ("uniform", "relu", "bfp", "fp8_e4m3", "fp8_e5m2"):
+        for bits in WIDTHS[codec]:
             for group_size in (32, 256, 1024):
                 yield CodecSpec(codec, bits, group_size), FLOATS
     for bits in (1, 2, 3, 4):
@@ -82,6 +87,8 @@ def test_stored_bytes_is_exact(spec, dtypes):
         (CodecSpec("relu", bits=2), 1000 * (64 + 2)),
         (CodecSpec("rotated", bits=1), 1000 * (32 + 2)),
         (CodecSpec("rotated", bits=1, centre=True), 1000 * (32 + 4)),
+        (CodecSpec("bfp", bits=3), 1000 * (96 + 1)),
+        (CodecSpec("fp8_e5m2"), 1000 * (256 + 1)),
         (CodecSpec("mask"), 32000),
         (CodecSpec("two_valued"), 32004),
         (CodecSpec("integer", bits=16), 512000),

@@ -18,7 +18,14 @@ import triton.language as tl  # noqa: E402
 from lightning_actmem_kernels.triton.noise import noise_words  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BITS = {"uniform": (1, 2, 3, 4, 8), "relu": (2, 3, 4, 8), "rotated": (1, 2, 3, 4)}
+BITS = {
+    "uniform": (1, 2, 3, 4, 8),
+    "relu": (2, 3, 4, 8),
+    "rotated": (1, 2, 3, 4),
+    "bfp": (2, 3, 4, 8),
+    "fp8_e4m3": (8,),
+    "fp8_e5m2": (8,),
+}
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 ROUNDINGS = ("dither", "stochastic", "nearest")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,7 +73,7 @@ def test_every_shape_dtype_and_width(codec, bits, dtype):
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("codec", BITS)
 def test_every_group_size_and_rounding(codec, group_size, rounding):
-    for bits in (3, 4):
+    for bits in BITS[codec][-2:]:
         _assert_equal(_values(2311, codec), CodecSpec(codec, bits, group_size, rounding), 1 << 40)
 
 
@@ -149,7 +156,7 @@ def test_several_programs(monkeypatch):
 
     monkeypatch.setattr(launch, "_TILE_ELEMENTS_INTERPRETED", 1024)
     for codec in BITS:
-        _assert_equal(_values(5001, codec), CodecSpec(codec, 4), 5)
+        _assert_equal(_values(5001, codec), CodecSpec(codec, BITS[codec][-1]), 5)
     _assert_equal(torch.rand(20001) < 0.5, CodecSpec("mask"), 0)
 
 

@@ -9,97 +9,24 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lightning_actmem import ActMemEngine
+from lightning_actmem.saved import derive
+from lightning_actmem.saved.operation import plain_name
 from tests import models
+from tests.saved.chains import CASTS, CHAINS, IN_OTHER_TESTS, WITHOUT_INPUT, Layers, gelu_new, in_place_block, sequence
 
 # Recomputing in another order of additions: a few units in the last place of float32, once per operation of a chain.
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
 
 
-class Layers(nn.Module):
-    """Weights for the cases below; inputs are [2, 8, 6, 6] images or [2, 36, 8] sequences."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(8, 8)
-        self.conv = nn.Conv2d(8, 8, 3, padding=1)
-        self.head = nn.Conv2d(8, 8, 3)
-        self.last = nn.Linear(8, 8)
-        self.layer_norm = nn.LayerNorm(8)
-        self.rms_norm = nn.RMSNorm(8)
-        self.group_norm = nn.GroupNorm(2, 8)
-        self.batch_norm = nn.BatchNorm2d(8)
-        self.plain_batch_norm = nn.BatchNorm2d(8, affine=False)
-        self.scale = nn.Parameter(torch.rand(8))
-
-
-def sequence(x: Tensor) -> Tensor:
-    return x.flatten(2).transpose(1, 2).contiguous()
-
-
-def open_rms_norm(m: Layers, x: Tensor) -> Tensor:
-    h = sequence(x).float()
-    return m.scale * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6))
-
-
-def gelu_new(x: Tensor) -> Tensor:
-    return 0.5 * x * (1.0 + torch.tanh(0.7978845608 * (x + 0.044715 * torch.pow(x, 3.0))))
-
-
-def rotary(x: Tensor) -> Tensor:
-    h = sequence(x) * 1
-    angle = torch.arange(36.0)[:, None] * torch.rand(4)
-    cos, sin = (torch.cat([f(angle)] * 2, 1) for f in (torch.cos, torch.sin))
-    left, right = h.chunk(2, -1)
-    return (h.square() * cos) + torch.cat((-right, left), -1).square() * sin
-
-
-def in_place_block(m: Layers, x: Tensor) -> Tensor:
-    out = F.relu(m.batch_norm(m.conv(x)), inplace=True)
-    out = m.plain_batch_norm(m.conv(out))
-    out += x
-    return F.relu_(out)
-
-
-#: A chain that ends in a tensor which the next layer would save; each must be derived and not stored.
-CHAINS: dict[str, Callable[[Layers, Tensor], Tensor]] = {
-    "relu": lambda m, x: F.relu(m.batch_norm(x)),
-    "relu in place": lambda m, x: F.relu_(m.batch_norm(x)),
-    "gelu": lambda m, x: F.gelu(x),
-    "gelu tanh": lambda m, x: F.gelu(x, approximate="tanh"),
-    "silu": lambda m, x: F.silu(x),
-    "mish": lambda m, x: F.mish(x),
-    "softplus": lambda m, x: F.softplus(x, beta=2.0),
-    "elu": lambda m, x: F.elu(x, alpha=0.7),
-    "hardswish": lambda m, x: F.hardswish(x),
-    "square": lambda m, x: x.square(),
-    "power": lambda m, x: x**3,
-    "layer norm": lambda m, x: m.layer_norm(sequence(x)),
-    "rms norm": lambda m, x: m.rms_norm(sequence(x)),
-    "open rms norm": open_rms_norm,
-    "group norm": lambda m, x: m.group_norm(x),
-    "batch norm": lambda m, x: m.batch_norm(x),
-    "batch norm without weights": lambda m, x: m.plain_batch_norm(x),
-    "batch norm in evaluation": lambda m, x: m.eval().batch_norm(x) * 1,
-    "dropout": lambda m, x: F.dropout(F.gelu(x), 0.4),
-    "scaled": lambda m, x: 3 * F.gelu(x) / 2 - 1,
-    "cast": lambda m, x: F.gelu(x).to(torch.bfloat16).float(),
-    "permuted copy": lambda m, x: F.gelu(x).permute(0, 2, 3, 1).contiguous(),
-    "chunks and cat": lambda m, x: torch.cat([F.gelu(part) for part in x.chunk(2, 1)], 1),
-    "swiglu": lambda m, x: F.silu(x) * (x * 2).square().sqrt(),
-    "geglu": lambda m, x: F.gelu(x) * F.silu(x),
-    "gelu_new": lambda m, x: gelu_new(x),
-    "rotary": lambda m, x: rotary(x),
-    "residual": lambda m, x: F.gelu(x) + F.silu(x),
-    "in-place residual block": in_place_block,
-}
-
-
 def consume(m: Layers, h: Tensor) -> Tensor:
     """Use a tensor in a way that saves it."""
-    return (m.head(h) if h.shape[1:] == (8, 6, 6) else m.last(h)).sum()
+    return (m.head(h) if h.dim() == 4 and h.shape[1] == 8 else m.last(h)).sum()
 
 
 def gradients(
@@ -130,11 +57,47 @@ def test_gradients_from_lossless_payloads(chain: Callable[..., Tensor], memory_f
         torch.testing.assert_close(packed, plain, **ROUNDING)
 
 
-@pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS.keys())
-def test_the_end_of_each_chain_is_derived(chain: Callable[..., Tensor]) -> None:
+class Names(TorchFunctionMode):
+    """Collects the plain names of the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(plain_name(func))
+        return func(*args, **kwargs or {})
+
+
+def test_every_derived_operation_is_in_a_chain_or_in_a_test_of_attention() -> None:
+    names = Names()
+    with names:
+        for chain in CHAINS.values():
+            chain(Layers(), image(torch.contiguous_format))
+    assert names.seen | IN_OTHER_TESTS >= derive.REPLAYED | derive.FROM_SAVED
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(
+    name=st.sampled_from(sorted(CHAINS.keys() - CASTS)),
+    size=st.tuples(st.integers(1, 4), st.just(8), st.integers(3, 9), st.integers(3, 9)),
+    channels_last=st.booleans(),
+)
+def test_gradients_of_any_shape_follow_float64(name: str, size: tuple[int, ...], channels_last: bool) -> None:
+    """Derived in float32 from lossless payloads, against autograd in float64."""
+    torch.manual_seed(7)
+    m = Layers()
+    x = torch.randn(size).contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    packed = gradients(m, x, CHAINS[name], ActMemEngine(bits=32, derive=True, min_elements=0))
+    for ours, reference in zip(packed, gradients(m.double(), x.double(), CHAINS[name], None), strict=True):
+        torch.testing.assert_close(ours.double(), reference, rtol=1e-3, atol=1e-3 * float(reference.abs().max() + 1))
+
+
+@pytest.mark.parametrize("name", CHAINS.keys() - WITHOUT_INPUT)
+def test_the_end_of_each_chain_is_derived(name: str) -> None:
     """What the consumer would save costs no bytes (a ReLU's sign costs one bit per element)."""
     engine = ActMemEngine(bits=4, min_elements=0, group_size=32)
-    gradients(Layers(), image(torch.contiguous_format), chain, engine)
+    gradients(Layers(), image(torch.contiguous_format), CHAINS[name], engine)
     (consumed,) = [
         row for site, row in engine.ledger.sites.items() if site.layer in {"head", "last"} and row.kind == "packed"
     ]
@@ -276,16 +239,16 @@ def test_running_again_twice_gives_the_same_gradient() -> None:
     assert all(map(torch.equal, first, second))
 
 
-@pytest.mark.parametrize("build", [models.gpt2, models.bert])
+@pytest.mark.parametrize("build", [models.gpt2, models.bert, models.llama])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_transformers_are_exact_under_lossless_packing(build: Callable[..., nn.Module], attention: str) -> None:
-    """With dropout, padding mask and all: bit-equal, from well under two thirds of the bytes."""
+    """Dropout, padding mask, grouped queries and all: exact to rounding, from well under two thirds of the bytes."""
     model = build(attention)
     ids = torch.randint(0, 256, (4, 64))
     padding = torch.ones_like(ids)
     padding[:, 50:] = 0
-    labels = ids if build is models.gpt2 else torch.zeros(4, dtype=torch.long)
+    labels = torch.zeros(4, dtype=torch.long) if build is models.bert else ids
     batch = {"input_ids": ids, "attention_mask": padding, "labels": labels}
 
     def step(engine: ActMemEngine | None) -> list[Tensor]:

@@ -1,0 +1,108 @@
+"""Block floating point: signed mantissas of a few bits under one power of two per group.
+
+With L = 2**(bits - 1) - 1 and step the smallest power of two with |x| <= L * step throughout the group:
+    encode: v = 256 x / step rounded to nearest;  q = floor((v + r) / 256), from -L to L, stored as q + L
+    decode: (256 q + 127.5 - r) * step / 256   (dither)   or   q * step   (stochastic, nearest)
+with the byte r from the counter (see noise.py), or r = 128 for nearest. Scaling is exact, so that nothing but the
+rounding to q is inexact: zeros come back as zeros where the whole group is zero or the rounding is not `dither`, and so
+does every multiple of step. The exponent of step is a byte (exponent.py): below 2**-118 steps stay there. A group that
+holds NaN or inf, or whose step would exceed 2**126, decodes to NaN throughout.
+
+Source: Drumond et al., "Training DNNs with hybrid block floating point", NeurIPS 2018, with its stochastic rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..noise import noise_bytes
+from .bf16 import LOW_HALF
+from .bits import pack, unpack
+from .chunks import group_chunks, group_count, load_groups, store_groups
+from .compiled import run
+from .exponent import NO_SCALE, exponent_bytes, inverse, scale
+from .uniform import MAGIC
+
+
+def largest_mantissa(bits: int) -> int:
+    """L, the largest magnitude of a mantissa; the lowest two's complement code is left out, for symmetry."""
+    return (1 << bits - 1) - 1
+
+
+def encode(flat: Tensor, bits: int, group_size: int, rounding: str, key: int) -> tuple[Tensor, Tensor]:
+    """Quantise a flat tensor.
+
+    Args:
+        flat: 1-D contiguous float32, bfloat16 or float16, n elements in N = ceil(n / G) groups.
+        bits: Bits per code b, at least 2.
+        group_size: Elements per group G.
+        rounding: `dither`, `stochastic` or `nearest`.
+        key: 64-bit key of the noise stream.
+
+    Returns:
+        Codes, uint8 [N, b, G/8], and exponents, uint8 [N].
+    """
+    groups = group_count(flat.numel(), group_size)
+    codes = torch.empty(groups, bits, group_size // 8, dtype=torch.uint8, device=flat.device)
+    exponents = torch.empty(groups, dtype=torch.uint8, device=flat.device)
+    for first, last in group_chunks(flat.numel(), group_size, flat.device):
+        x = load_groups(flat, first, last, group_size)
+        codes[first:last], exponents[first:last] = run(encode_groups, (x,), (bits, rounding), x.numel(), key, first)
+    return codes, exponents
+
+
+def decode(
+    codes: Tensor, exponents: Tensor, bits: int, rounding: str, key: int, numel: int, dtype: torch.dtype
+) -> Tensor:
+    """Restore what `encode` packed.
+
+    Args:
+        codes: uint8 [N, b, G/8].
+        exponents: uint8 [N].
+        bits: Bits per code b.
+        rounding: As given to `encode`.
+        key: As given to `encode`.
+        numel: Elements n.
+        dtype: float32, bfloat16 or float16.
+
+    Returns:
+        1-D tensor of n elements.
+    """
+    group_size = 8 * codes.shape[2]
+    flat = torch.empty(numel, dtype=dtype, device=codes.device)
+    for first, last in group_chunks(numel, group_size, codes.device):
+        data = (codes[first:last], exponents[first:last])
+        values = run(decode_groups, data, (bits, rounding), (last - first) * group_size, key, first)
+        store_groups(values, flat, first)
+    return flat
+
+
+def encode_groups(x: Tensor, bits: int, rounding: str, key: int | Tensor, first: int | Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and exponents of groups x [R, G], `first` being the index of the first one; x is not written to."""
+    groups, group_size = x.shape
+    top = largest_mantissa(bits)
+    exponents = exponent_bytes(x, top)
+    # The magic number leaves v + 256 L in the low half of the mantissa; the product is exact.
+    v = (x * inverse(exponents, 8)).add_(MAGIC + 256 * top).view(torch.int32).bitwise_and_(LOW_HALF)
+    if rounding == "nearest":
+        v.add_(128)
+    else:
+        v.add_(noise_bytes(key, first, groups, group_size, x.device))
+    codes = pack(v.bitwise_right_shift_(8).to(torch.uint8), bits)
+    # A group without a step stores zeros.
+    return codes.mul_((exponents < NO_SCALE).view(-1, 1, 1)), exponents
+
+
+def decode_groups(
+    codes: Tensor, exponents: Tensor, bits: int, rounding: str, key: int | Tensor, first: int | Tensor
+) -> Tensor:
+    """Values, float32 [R, G], of what `encode_groups` returned."""
+    top = largest_mantissa(bits)
+    q = unpack(codes, bits).to(torch.float32)
+    if rounding != "dither":
+        return q.sub_(top).mul_(scale(exponents))
+    fine = scale(exponents, -8)
+    q.mul_(256.0).add_(255.0 - 256 * top).sub_(noise_bytes(key, first, q.shape[0], q.shape[1], codes.device))
+    # 0 - ..., so that a group of zeros comes back without signs.
+    return q.mul_(fine).add_(0.0 - fine * 127.5)

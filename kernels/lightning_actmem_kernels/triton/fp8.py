@@ -1,0 +1,134 @@
+"""Scaled eight-bit floating point; `lightning_actmem_kernels.reference.fp8` says what it computes.
+
+Tiles and noise are those of uniform.py; a code is a byte, so that nothing is packed. No conversion instruction is used:
+those to e4m3 exist on some targets only, and none rounds stochastically.
+"""
+
+# mypy: allow-untyped-decorators
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference.chunks import group_count
+from ..reference.exponent import MAGNITUDE, NO_SCALE, carry_and_shift
+from ..reference.fp8 import FORMATS
+from .exponent import exponent_byte, inverse, largest_magnitude, scale
+from .launch import launch_tiles
+from .noise import byte_pair, noise_words, zero_of
+from .values import groups_of_tile, load_float, store_float
+
+_MAGNITUDE = tl.constexpr(MAGNITUDE)
+_NO_SCALE = tl.constexpr(NO_SCALE)
+
+
+def encode(flat: Tensor, name: str, group_size: int, rounding: str, key: int) -> tuple[Tensor, Tensor]:
+    """As `reference.fp8.encode`."""
+    groups, form = group_count(flat.numel(), group_size), FORMATS[name]
+    codes = torch.empty(groups, 8, group_size // 8, dtype=torch.uint8, device=flat.device)
+    exponents = torch.empty(groups, dtype=torch.uint8, device=flat.device)
+    constants = (group_size, rounding == "nearest", form.mantissa, form.bias, *carry_and_shift(form.largest))
+    arguments = (flat, codes, exponents, flat.numel(), key)
+    launch_tiles(_encode, arguments, constants, flat.numel(), group_size, reads_pairs=True)
+    return codes, exponents
+
+
+def decode(codes: Tensor, exponents: Tensor, name: str, numel: int, dtype: torch.dtype) -> Tensor:
+    """As `reference.fp8.decode`."""
+    group_size, form = 8 * codes.shape[2], FORMATS[name]
+    flat = torch.empty(numel, dtype=dtype, device=codes.device)
+    constants = (group_size, form.mantissa, form.bias)
+    launch_tiles(_decode, (flat, codes, exponents, numel), constants, numel, group_size)
+    return flat
+
+
+@triton.jit
+def _code(
+    x: tl.tensor, unit: tl.tensor, noise: tl.tensor, NEAREST: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr
+) -> tl.tensor:
+    """The code of x / scale, as int32."""
+    DROPPED: tl.constexpr = 23 - MANTISSA
+    SMALLEST_NORMAL: tl.constexpr = 2.0 ** (1 - BIAS)
+    scaled = (x * unit).to(tl.int32, bitcast=True)
+    magnitude = (scaled & _MAGNITUDE).to(tl.float32, bitcast=True)
+    small = magnitude < SMALLEST_NORMAL
+    bits = (magnitude + tl.where(small, SMALLEST_NORMAL, 0.0)).to(tl.int32, bitcast=True)
+    if NEAREST:
+        bits += ((bits >> DROPPED) & 1) + ((1 << (DROPPED - 1)) - 1)
+    else:
+        bits += (noise << (DROPPED - 8)) + (1 << (DROPPED - 9))
+    rebias = tl.where(small, (128 - BIAS) << MANTISSA, (127 - BIAS) << MANTISSA)
+    return ((bits >> DROPPED) - rebias) | ((scaled >> 24) & 0x80)
+
+
+@triton.jit(do_not_specialize=["numel", "key", "first_tile"])
+def _encode(
+    flat_ptr: tl.tensor,
+    codes_ptr: tl.tensor,
+    exponents_ptr: tl.tensor,
+    numel: tl.int64,
+    key: tl.int64,
+    first_tile: tl.int64,
+    GROUP_SIZE: tl.constexpr,
+    NEAREST: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    BIAS: tl.constexpr,
+    CARRY: tl.constexpr,
+    SHIFT: tl.constexpr,
+    ROWS: tl.constexpr,
+    RAGGED: tl.constexpr,
+) -> None:
+    COLUMNS: tl.constexpr = GROUP_SIZE // 16
+    group, stored = groups_of_tile(first_tile, numel, GROUP_SIZE, ROWS)
+    column = tl.arange(0, COLUMNS)[None, :]
+
+    largest = largest_magnitude(flat_ptr, group, numel, GROUP_SIZE, RAGGED)
+    byte = exponent_byte(tl.max(largest, 1), CARRY, SHIFT)
+    tl.store(exponents_ptr + group, byte.to(tl.uint8), stored)
+
+    sound = (byte < _NO_SCALE)[:, None]
+    unit = inverse(byte, 0)[:, None]
+    noise = zero_of(largest)
+    if not NEAREST:
+        w0, w1, w2, w3 = noise_words(key, group[:, None] * COLUMNS + column + noise)
+    for LANE in tl.static_range(16):
+        x = load_float(flat_ptr, group, LANE * COLUMNS, numel, GROUP_SIZE, COLUMNS, RAGGED, True)
+        if not NEAREST:
+            noise = (byte_pair(w0, w1, w2, w3, LANE % 2, LANE // 2 % 4) >> (16 * (LANE // 8))) & 0xFF
+        code = tl.where(sound, _code(x, unit, noise, NEAREST, MANTISSA, BIAS), 0)
+        offsets = group[:, None] * GROUP_SIZE + LANE * COLUMNS + column
+        tl.store(codes_ptr + offsets, code.to(tl.uint8), stored[:, None])
+
+
+@triton.jit(do_not_specialize=["numel", "first_tile"])
+def _decode(
+    flat_ptr: tl.tensor,
+    codes_ptr: tl.tensor,
+    exponents_ptr: tl.tensor,
+    numel: tl.int64,
+    first_tile: tl.int64,
+    GROUP_SIZE: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    RAGGED: tl.constexpr,
+) -> None:
+    COLUMNS: tl.constexpr = GROUP_SIZE // 16
+    SMALLEST_NORMAL: tl.constexpr = 2.0 ** (1 - BIAS)
+    group, stored = groups_of_tile(first_tile, numel, GROUP_SIZE, ROWS)
+    column = tl.arange(0, COLUMNS)[None, :]
+
+    factor = scale(tl.load(exponents_ptr + group).to(tl.int32)[:, None], 0)
+    for LANE in tl.static_range(16):
+        offsets = group[:, None] * GROUP_SIZE + LANE * COLUMNS + column
+        code = tl.load(codes_ptr + offsets).to(tl.int32)
+        magnitude = code & 0x7F
+        small = magnitude < (1 << MANTISSA)
+        rebias = tl.where(small, (128 - BIAS) << MANTISSA, (127 - BIAS) << MANTISSA)
+        value = ((magnitude + rebias) << (23 - MANTISSA)).to(tl.float32, bitcast=True)
+        value = (value - tl.where(small, SMALLEST_NORMAL, 0.0)) * factor
+        value = (value.to(tl.int32, bitcast=True) | ((code & 0x80) << 24)).to(tl.float32, bitcast=True)
+        store_float(flat_ptr, offsets, value, stored, numel, RAGGED)

@@ -1,0 +1,68 @@
+"""The log-softmax of a large vocabulary: the largest tensor of a language model is stored once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_actmem import ActMemEngine
+
+TOKENS, VOCABULARY, WIDTH = 96, 1024, 16
+
+
+class LanguageModel(nn.Module):
+    """An embedding and a head that share their weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(F.gelu(self.embedding(ids)))
+
+
+def shifted(logits: Tensor, ids: Tensor) -> Tensor:
+    """The loss of Hugging Face's causal models: in float32, on a padded target."""
+    targets = F.pad(ids, (0, 1), value=-100)[1:]
+    return F.cross_entropy(logits.float().view(-1, VOCABULARY), targets.view(-1))
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross entropy": F.cross_entropy,
+    "module": nn.CrossEntropyLoss(label_smoothing=0.1),
+    "shifted": shifted,
+    "log softmax and its loss": lambda logits, ids: F.nll_loss(F.log_softmax(logits, -1), ids),
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("loss_of", LOSSES.values(), ids=LOSSES.keys())
+def test_stored_once(loss_of: Callable[[Tensor, Tensor], Tensor], autocast: bool) -> None:
+    model, ids = LanguageModel(), torch.randint(VOCABULARY, (TOKENS,))
+    stored: dict[int, int] = {}
+    gradients: dict[int, Tensor] = {}
+    for loss_bits in (32, 8):
+        engine = ActMemEngine(bits=4, loss_bits=loss_bits)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), engine.compress(model, inputs=ids):
+            loss = loss_of(model(ids), ids)
+        activations = [row for row in engine.ledger.sites.values() if row.kind not in {"weight", "input"}]
+        stored[loss_bits] = sum(row.saved_bytes for row in activations if row.saved_bytes >= TOKENS * VOCABULARY)
+        (gradients[loss_bits],) = torch.autograd.grad(loss, model.head.weight)
+    assert 0 < stored[32] <= 4 * TOKENS * VOCABULARY  # half of it where autocast takes the log-softmax in bfloat16
+    assert stored[8] == TOKENS * VOCABULARY * (256 + 4) // 256
+    torch.testing.assert_close(gradients[8], gradients[32], rtol=0.3, atol=3e-3)
+
+
+def test_the_embedding_stores_nothing_of_its_own() -> None:
+    model, ids = LanguageModel(), torch.randint(VOCABULARY, (TOKENS,))
+    engine = ActMemEngine(bits=4)
+    with engine.compress(model, inputs=ids):
+        model(ids).sum()
+    rows = [row for site, row in engine.ledger.sites.items() if site.layer == "embedding"]
+    assert [(row.kind, row.codec) for row in rows] == [("input", "exact")]
