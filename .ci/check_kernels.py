@@ -23,7 +23,7 @@ from lightning_actmem_kernels.reference.bfp import largest_mantissa
 from lightning_actmem_kernels.reference.exponent import carry_and_shift
 from lightning_actmem_kernels.reference.fp8 import FORMATS
 from lightning_actmem_kernels.reference.rotated import LEVELS, SQUARED_THRESHOLDS
-from lightning_actmem_kernels.triton import bfp, fp8, launch, mask, relu, rotated, uniform
+from lightning_actmem_kernels.triton import bfp, fixed, fp8, launch, mask, relu, rotated, uniform
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -39,7 +39,15 @@ INSTRUCTIONS_PER_SECOND = 132 * 4 * 1.98e9 * 32
 # A 64-bit product takes four issue slots.
 SLOTS = {"IMAD.WIDE": 4, "IMAD.HI": 4}
 ITEMSIZE = {"bf16": 2, "fp32": 4}
-KERNELS = {"uniform": uniform, "relu": relu, "rotated": rotated, "bfp": bfp, "fp8_e4m3": fp8, "fp8_e5m2": fp8}
+KERNELS = {
+    "uniform": uniform,
+    "relu": relu,
+    "fixed": fixed,
+    "rotated": rotated,
+    "bfp": bfp,
+    "fp8_e4m3": fp8,
+    "fp8_e5m2": fp8,
+}
 POINTERS = {
     "codes_ptr": "*u8",
     "grids_ptr": "*i32",
@@ -47,7 +55,8 @@ POINTERS = {
     "scales_ptr": "*i16",
     "exponents_ptr": "*u8",
 }
-META_BYTES = {"uniform": 4, "relu": 2, "rotated": 2, "bfp": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
+META_BYTES = {"uniform": 4, "fixed": 0, "relu": 2, "rotated": 2, "bfp": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
+FLOATS = frozenset(["low", "high", "scale", "factor", "offset"])
 
 # Instructions per element on sm_90, (encode, decode): a few per cent above what was measured, to see a regression.
 LIMITS = {
@@ -57,6 +66,9 @@ LIMITS = {
     ("uniform", 4, "fp32"): (16.5, 11.5),
     ("relu", 4, "bf16"): (25.9, 17.2),
     ("relu", 4, "fp32"): (27.5, 25.0),
+    ("fixed", 4, "bf16"): (15.2, 11.0),
+    ("fixed", 2, "bf16"): (15.0, 10.6),
+    ("fixed", 4, "fp32"): (14.9, 11.3),
     ("rotated", 1, "bf16"): (30.2, 21.5),
     ("rotated", 2, "bf16"): (34.5, 23.0),
     ("rotated", 4, "bf16"): (63.5, 30.0),
@@ -135,7 +147,8 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], pointers: dict[str, s
     """Compile with every pointer aligned to 16 bytes, as fresh tensors are."""
     names = kernel.arg_names
     pointers = POINTERS | {"bools_ptr": "*u8", "packed_ptr": "*u8"} | pointers
-    signature = {name: "constexpr" if name.isupper() else pointers.get(name, "i64") for name in names}
+    numbers = dict.fromkeys(FLOATS, "fp32")
+    signature = {name: "constexpr" if name.isupper() else (pointers | numbers).get(name, "i64") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in pointers}
     source = ASTSource(kernel, signature, {name: constants[name] for name in names if name.isupper()}, aligned)
     return triton.compile(source, target=target, options={**launch.EXACT, "num_warps": WARPS})

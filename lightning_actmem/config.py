@@ -22,6 +22,7 @@ BITS = (1, 2, 3, 4, 8, LOSSLESS_BITS)
 CODECS = ("auto", "measured", "uniform", "rotated", "bfp", "fp8_e4m3", "fp8_e5m2", "identity")
 _NARROW_CODECS = ("bfp", "fp8_e4m3", "fp8_e5m2")
 ROUNDINGS = ("dither", "stochastic", "nearest")
+ACTIVATIONS = ("derive", "derivative", "inverted")
 BACKENDS = ("auto", "triton", "torch")
 METHODS = ("actmem", "actnn", "gact")
 
@@ -47,6 +48,9 @@ class ActMemConfig:
         backend: ``"auto"`` (Triton on a GPU where it is installed, else PyTorch), ``"triton"`` or ``"torch"``.
         derive: Compute again, instead of storing, what follows from a stored tensor by a cheap operation, and store of
             the rest no more than backward reads. ``None``: yes, unless the configuration is lossless.
+        activations: What element-wise operations keep: ``"derive"`` (their input, or what it follows from),
+            ``"derivative"`` (their derivative, one tensor for a whole chain of them) or ``"inverted"`` (GELU and SiLU:
+            their output and one bit).
         attention_bits: Least bits for what attention multiplies (queries, keys, values); 32 keeps it exact.
         loss_bits: Least bits for what a loss saves; 32 keeps it exact.
         exact: What stays exact: patterns of layer paths (``"encoder.0"`` and everything below it, ``"*.head"``), or of
@@ -78,6 +82,7 @@ class ActMemConfig:
     seed: int = 0
     backend: str = "auto"
     derive: Optional[bool] = None  # noqa: UP045 (OmegaConf and jsonargparse read it at run time)
+    activations: str = "derive"
     attention_bits: int = 8
     loss_bits: int = 32
     exact: tuple[str, ...] = ()
@@ -104,6 +109,7 @@ class ActMemConfig:
                 "'nearest'. Choose one of these, or name a codec."
             )
         _check_choice("backend", self.backend, BACKENDS)
+        _check_choice("activations", self.activations, ACTIVATIONS)
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must be from 0 to 2**31 - 1, got {self.seed}. Choose another number.")
         if self.min_elements < 0:
@@ -156,7 +162,7 @@ class ActMemConfig:
 
     @property
     def lossless(self) -> bool:
-        """Whether gradients are bit-equal to plain training."""
+        """Whether nothing is rounded: gradients are bit-equal to plain training unless ``activations`` is set."""
         return self.bits == LOSSLESS_BITS or self.codec == "identity"
 
     @classmethod

@@ -22,6 +22,7 @@ from .adapt.outputs import Outputs
 from .adapt.replay import Replay
 from .config import LOSSLESS_BITS, ActMemConfig, ConfigLike
 from .errors import ActMemError, ActMemWarning
+from .methods import DerivativeChains, Gate, InvertedActivations
 from .report import StepReport, step_report
 from .saved.attention import recomputed_attention
 from .saved.borrowed import Borrowed
@@ -39,6 +40,11 @@ _RELU_MIN_BITS = 2
 # At which widths a setting rotates. Measured on a GPT: half the gradient error of min-max groups at 2 bits, a quarter
 # at 1 bit, little less from 3 on.
 _ROTATED_BITS = {"auto": (1, 2), "measured": (1, 2), "rotated": (1, 2, 3, 4)}
+_METHODS: dict[str, type[DerivativeChains | InvertedActivations] | None] = {
+    "derive": None,
+    "derivative": DerivativeChains,
+    "inverted": InvertedActivations,
+}
 
 
 class ActMemEngine:
@@ -78,16 +84,21 @@ class ActMemEngine:
         self.adapter = Adapter(self, self.config) if self.config.adapts else None
         self._chooser = None if self.adapter is not None else _chooser(self.config)
         self._store.watch = self._chooser if self.adapter is None else self.adapter.sizes
-        self._hooks = SavedTensorHooks(
-            self._tracker,
-            self._scope,
-            self._store,
-            Identifier(self._tracker, _codecs(self.config, derive), self.config.min_elements, self.config.exact),
-            derive,
+        self._identifier = Identifier(
+            self._tracker, _codecs(self.config, derive), self.config.min_elements, self.config.exact
         )
+        self._hooks = SavedTensorHooks(self._tracker, self._scope, self._store, self._identifier, derive)
         self._stack = HookStack(self._hooks.pack, self._hooks.unpack, self._tracker)
         self._active = False
         self._warned = False
+        method = _METHODS[self.config.activations]
+        self._method = (
+            None
+            if method is None
+            else method(self._tracker, self._store, Gate(self._may_replace, self.config.min_elements))
+        )
+        if self._method is not None:
+            self._tracker.replacements.update(self._method.replacements)
 
     @contextmanager
     def compress(self, module: nn.Module | None = None, *, inputs: Any = None) -> Iterator[None]:
@@ -130,6 +141,8 @@ class ActMemEngine:
         finally:
             self._active = False
             self._hooks.end_step()
+            if self._method is not None:
+                self._method.end_step()
             if self.adapter is not None:
                 self.adapter.sizes.end_step(self.ledger)
 
@@ -184,7 +197,8 @@ class ActMemEngine:
         noise = mix64(~self.config.seed, self.rank, self.step, number)
         store.watch = rounding = Rounding(noise, prober.ledger, store.cache, _backend(prober.config.backend), compact)
         closed_form = ClosedForm(rounding, store.shared)
-        prober._tracker.replacements.update(dict.fromkeys(COVERED, closed_form.run))
+        for function in COVERED:
+            prober._tracker.replacements.setdefault(function, closed_form.run)
         outputs = Outputs(rounding)
         following = outputs if self.config.method == "actnn" else nullcontext()  # it holds gradients, for ActNN only
         with prober.compress(module, inputs=inputs), following:
@@ -251,6 +265,10 @@ class ActMemEngine:
         if self._stack.is_innermost():
             return recomputed_attention(function, arguments, keywords)
         return function(*arguments, **keywords)
+
+    def _may_replace(self, operation: str) -> bool:
+        """Whether what an operation saves comes to these hooks, and may be rounded."""
+        return self._stack.is_innermost() and not self._identifier.keeps(operation, self._scope.frame)
 
     def _is_wholly_compiled(self, module: nn.Module | None) -> bool:
         if module is None or not is_compiled(module):

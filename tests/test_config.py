@@ -30,6 +30,7 @@ from lightning_actmem import ActMemConfig
         ({"group_size": 100}, r"group_size must be one of 32, .*, got 100"),
         ({"rounding": "up"}, r"rounding must be one of 'dither', 'stochastic', 'nearest', got 'up'"),
         ({"backend": "cuda"}, r"backend must be one of 'auto', 'triton', 'torch', got 'cuda'"),
+        ({"activations": "gelu"}, r"activations must be one of 'derive', 'derivative', 'inverted', got 'gelu'"),
         ({"seed": -1}, r"seed must be from 0 to 2\*\*31 - 1, got -1"),
         ({"adapt_every": -1}, r"adapt_every must be 0 or more, got -1\. Use 0 for once an epoch"),
         ({"method": "auto"}, r"method must be one of 'actmem', 'actnn', 'gact', got 'auto'"),

@@ -130,9 +130,22 @@ LAYERS = [
     Layer("lightning_actmem_kernels", above=(*LIGHTNING, "lightning_actmem", "torch.autograd")),
     Layer(
         "lightning_actmem.saved",
-        above=(*LIGHTNING, "lightning_actmem.engine", "lightning_actmem.integration", "lightning_actmem.adapt"),
+        above=(
+            *LIGHTNING,
+            "lightning_actmem.adapt",
+            "lightning_actmem.methods",
+            "lightning_actmem.engine",
+            "lightning_actmem.integration",
+        ),
     ),
-    Layer("lightning_actmem.adapt", above=(*LIGHTNING, "lightning_actmem.engine", "lightning_actmem.integration")),
+    Layer(
+        "lightning_actmem.adapt",
+        above=(*LIGHTNING, "lightning_actmem.methods", "lightning_actmem.engine", "lightning_actmem.integration"),
+    ),
+    Layer(
+        "lightning_actmem.methods",
+        above=(*LIGHTNING, "lightning_actmem.adapt", "lightning_actmem.engine", "lightning_actmem.integration"),
+    ),
     Layer(
         "lightning_actmem",
         above=(*LIGHTNING, "lightning_actmem.integration"),

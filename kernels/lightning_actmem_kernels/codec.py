@@ -22,6 +22,7 @@ _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "bfp": _GRID_DTYPES,
     "fp8_e4m3": _GRID_DTYPES,
     "fp8_e5m2": _GRID_DTYPES,
+    "fixed": _GRID_DTYPES,
     "mask": (torch.bool,),
     "two_valued": (*_GRID_DTYPES, torch.float64),
     "integer": (torch.int16, torch.int32, torch.int64),
@@ -78,6 +79,8 @@ def encode(flat: Tensor, spec: CodecSpec, *, key: int, backend: str | None = Non
         return ops.mask_encode(flat != 0, engine), value
     if spec.codec == "rotated":
         return ops.rotated_encode(flat, spec.bits, spec.group_size, spec.centre, key, engine)
+    if spec.codec == "fixed":
+        return (ops.fixed_encode(flat, spec.bits, spec.group_size, spec.low, spec.high, spec.rounding, key, engine),)
     if spec.codec in FP8:
         return ops.fp8_encode(flat, spec.codec, spec.group_size, spec.rounding, key, engine)
     quantise = _GRID_ENCODE[spec.codec]
@@ -119,6 +122,8 @@ def decode(
         return torch.where(ops.mask_decode(stored, numel, engine), payload[1], 0)
     if spec.codec == "rotated":
         return ops.rotated_decode(stored, payload[1], spec.bits, key, numel, dtype, engine)
+    if spec.codec == "fixed":
+        return ops.fixed_decode(stored, spec.bits, spec.low, spec.high, spec.rounding, key, numel, dtype, engine)
     if spec.codec in FP8:
         return ops.fp8_decode(stored, payload[1], spec.codec, numel, dtype, engine)
     return _GRID_DECODE[spec.codec](stored, payload[1], spec.bits, spec.rounding, key, numel, dtype, engine)

@@ -126,6 +126,49 @@ def _fp8_decode_fake(
     return codes.new_empty((numel,), dtype=dtype)
 
 
+def _fixed_encode(
+    flat: Tensor, bits: int, group_size: int, low: float, high: float, rounding: str, key: int, backend: str
+) -> Tensor:
+    codes: Tensor = _codec("fixed", backend).encode(flat, bits, group_size, low, high, rounding, key)
+    return codes
+
+
+def _fixed_encode_fake(
+    flat: Tensor, bits: int, group_size: int, low: float, high: float, rounding: str, key: int, backend: str
+) -> Tensor:
+    groups = (flat.numel() + group_size - 1) // group_size
+    return flat.new_empty((groups, bits, group_size // 8), dtype=torch.uint8)
+
+
+def _fixed_decode(
+    codes: Tensor,
+    bits: int,
+    low: float,
+    high: float,
+    rounding: str,
+    key: int,
+    numel: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    flat: Tensor = _codec("fixed", backend).decode(codes, bits, low, high, rounding, key, numel, dtype)
+    return flat
+
+
+def _fixed_decode_fake(
+    codes: Tensor,
+    bits: int,
+    low: float,
+    high: float,
+    rounding: str,
+    key: int,
+    numel: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    return codes.new_empty((numel,), dtype=dtype)
+
+
 def _mask_encode(flat: Tensor, backend: str) -> Tensor:
     packed: Tensor = _codec("mask", backend).encode(flat)
     return packed
@@ -181,6 +224,19 @@ rotated_decode = _register(
     "(Tensor codes, Tensor scales, int bits, int key, SymInt numel, ScalarType dtype, str backend) -> Tensor",
     _rotated_decode,
     _rotated_decode_fake,
+)
+fixed_encode = _register(
+    "fixed_encode",
+    "(Tensor flat, int bits, int group_size, float low, float high, str rounding, int key, str backend) -> Tensor",
+    _fixed_encode,
+    _fixed_encode_fake,
+)
+fixed_decode = _register(
+    "fixed_decode",
+    "(Tensor codes, int bits, float low, float high, str rounding, int key, SymInt numel, ScalarType dtype,"
+    " str backend) -> Tensor",
+    _fixed_decode,
+    _fixed_decode_fake,
 )
 mask_encode = _register("mask_encode", "(Tensor flat, str backend) -> Tensor", _mask_encode, _mask_encode_fake)
 mask_decode = _register(

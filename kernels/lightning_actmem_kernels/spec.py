@@ -15,6 +15,7 @@ WIDTHS: dict[str, tuple[int, ...]] = {
     "bfp": (2, 3, 4, 8),
     "fp8_e4m3": (8,),
     "fp8_e5m2": (8,),
+    "fixed": (1, 2, 3, 4, 8),
     "mask": (1,),
     "two_valued": (1,),
     "integer": (8, 16, 32),
@@ -22,6 +23,9 @@ WIDTHS: dict[str, tuple[int, ...]] = {
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 ROUNDINGS = ("dither", "stochastic", "nearest")
 FP8 = ("fp8_e4m3", "fp8_e5m2")
+# Within these the grid of a range has a step, and an inverse of it, in float32.
+LARGEST_BOUND = 2.0**100
+NARROWEST = 2.0**-12
 LOSSLESS = frozenset({"identity", "mask", "two_valued", "integer"})
 
 
@@ -36,20 +40,23 @@ class CodecSpec:
 
     Args:
         codec: `uniform` (per-group min-max grid), `rotated` (random rotation to the levels of a normal distribution),
-            `relu` (grid whose level 0 is exactly zero), `bfp` (block floating point: signed mantissas under one power
-            of two per group), `fp8_e4m3` and `fp8_e5m2` (float8 under one power of two per group), `mask` (bool),
-            `two_valued` (float in {0, s}), `integer` (lossless narrowing) or `identity` (a copy).
-        bits: Bits per element. uniform: 1, 2, 3, 4, 8; rotated: 1, 2, 3, 4; relu and bfp: 2, 3, 4, 8; integer: 8,
-            16, 32. The other codecs have one width (identity 32, fp8 8, mask and two_valued 1) and set it whatever is
-            given.
+            `relu` (grid whose level 0 is exactly zero), `fixed` (grid from `low` to `high`, without metadata), `bfp`
+            (block floating point: signed mantissas under one power of two per group), `fp8_e4m3` and `fp8_e5m2`
+            (float8 under one power of two per group), `mask` (bool), `two_valued` (float in {0, s}), `integer`
+            (lossless narrowing) or `identity` (a copy).
+        bits: Bits per element. uniform and fixed: 1, 2, 3, 4, 8; rotated: 1, 2, 3, 4; relu and bfp: 2, 3, 4, 8;
+            integer: 8, 16, 32. The other codecs have one width (identity 32, fp8 8, mask and two_valued 1) and set it
+            whatever is given.
         group_size: Elements that share a grid (uniform, relu), a rotation (rotated) or an exponent (bfp, fp8): a power
             of two from 32 to 1024.
-        rounding: How uniform, relu and bfp round. With u uniform in (0, 1) and v the position on the grid,
+        rounding: How uniform, relu, fixed and bfp round. With u uniform in (0, 1) and v the position on the grid,
             `dither` stores floor(v + u) and restores q + 1/2 - u (error variance step^2/12, unbiased);
             `stochastic` stores floor(v + u) and restores q (variance step^2 f(1 - f), f = v mod 1, unbiased);
             `nearest` stores floor(v + 1/2) and restores q (no noise, biased).
             fp8 has no single step to dither by: there `dither` means `stochastic`.
         centre: Whether rotated keeps the mean of each group apart, for 2 bytes more.
+        low: Lowest level of fixed; what lies below is raised to it.
+        high: Highest level of fixed; what lies above is lowered to it.
 
     Raises:
         ValueError: A field is outside its list.
@@ -60,6 +67,8 @@ class CodecSpec:
     group_size: int = 256
     rounding: str = "dither"
     centre: bool = False
+    low: float = 0.0
+    high: float = 1.0
 
     def __post_init__(self) -> None:
         """Check the fields; set those of which a codec has only one."""
@@ -87,6 +96,12 @@ class CodecSpec:
             )
         if type(self.centre) is not bool:
             raise ValueError(f"centre must be True or False, got {self.centre!r}. Choose one of these.")
+        largest = max(abs(self.low), abs(self.high))
+        if not (self.high - self.low >= largest * NARROWEST and 1 / LARGEST_BOUND <= largest <= LARGEST_BOUND):
+            raise ValueError(
+                f"low and high must span a range that float32 can divide, got {self.low!r} and {self.high!r}. "
+                "Give the finite range that the values lie in, low end first."
+            )
 
     @property
     def lossless(self) -> bool:
@@ -113,6 +128,7 @@ class CodecSpec:
             "bfp": groups * (code_bytes + 1),
             "fp8_e4m3": groups * (code_bytes + 1),
             "fp8_e5m2": groups * (code_bytes + 1),
+            "fixed": groups * code_bytes,
             "mask": -(-numel // 8),
             "two_valued": -(-numel // 8) + dtype.itemsize,
             "integer": numel * self.bits // 8,

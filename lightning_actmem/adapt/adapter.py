@@ -263,7 +263,8 @@ class Adapter:
         return noise * min(1.0, self.expected_noise / self.measured_noise)
 
     def _choices(self, site: Site, use: SiteUse) -> list[Choice]:
-        choices = [Choice(None, use.stored_bytes(None), 0.0)]
+        # What stands in for an operation's own tensors is encoded in any case.
+        choices = [] if use.default.codec == "fixed" else [Choice(None, use.stored_bytes(None), 0.0)]
         for spec in self._law.candidates(use, self._config):
             noise = self._noise_of(site, spec)
             if noise is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from lightning_actmem_kernels import CodecSpec
 from lightning_actmem_kernels.spec import WIDTHS
@@ -10,13 +11,13 @@ from lightning_actmem_kernels.spec import WIDTHS
 from ..config import ActMemConfig
 from ..saved.probe import SiteUse
 
-# What each setting of the codec allows, with its widths; the codecs that the default takes are among them.
-_AUTO = {"uniform": (3, 4, 8), "rotated": (1, 2, 3, 4)}
-_ALLOWED: dict[str, dict[str, tuple[int, ...]]] = {
+# What each setting of the codec allows at a site without needs of its own, with its widths.
+_AUTO: Mapping[str, tuple[int, ...]] = {"uniform": (3, 4, 8), "rotated": (1, 2, 3, 4)}
+_ALLOWED: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "auto": _AUTO,
     "measured": _AUTO,
     "rotated": {"uniform": (8,), "rotated": (1, 2, 3, 4)},
-    **{codec: {codec: WIDTHS[codec]} for codec in ("uniform", "bfp", "fp8_e4m3", "fp8_e5m2")},
+    "uniform": {"uniform": (1, 2, 3, 4, 8)},
 }
 # Where a codec's variance is measured first: at the fewest bits that the law holds from.
 _FIRST_BITS = {"uniform": 4, "bfp": 3}
@@ -29,11 +30,12 @@ def candidates(use: SiteUse, config: ActMemConfig) -> list[CodecSpec]:
         use: What the site stores.
         config: The settings: the codec, and the floors of attention and loss.
     """
-    if use.default.codec == "relu":
-        return [_spec("relu", bits, config) for bits in WIDTHS["relu"]]
-    floor, centre = least_bits(use, config), use.default.codec != "rotated" or use.default.centre
+    default, floor = use.default, least_bits(use, config)
+    if default.codec not in ("uniform", "rotated"):  # exact zeros, a fixed range, or a codec asked for by name
+        return [replace(default, bits=bits) for bits in WIDTHS[default.codec] if bits >= floor]
+    centre = default.codec != "rotated" or default.centre
     return [
-        _spec(codec, bits, config, centre=codec == "rotated" and centre)
+        CodecSpec(codec, bits, config.group_size, config.rounding, centre=codec == "rotated" and centre)
         for codec, widths in _ALLOWED[config.codec].items()
         for bits in widths
         if bits >= floor
@@ -54,7 +56,3 @@ def references(specs: Sequence[CodecSpec]) -> list[CodecSpec]:
         firsts += (at_least or lossy)[:1]
     firsts.sort(key=lambda spec: spec.bits)
     return firsts + [spec for spec in specs if spec.bits == 1]
-
-
-def _spec(codec: str, bits: int, config: ActMemConfig, centre: bool = False) -> CodecSpec:
-    return CodecSpec(codec, bits, config.group_size, config.rounding, centre)

@@ -10,6 +10,8 @@ Sources: Chen et al., "ActNN: reducing training memory footprint via 2-bit activ
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ from .replay import Replay
 from .schedule import Target
 from .sensitivity import Sensitivities
 
-_RELU_BITS = (2, 4, 8)
+_OWN_BITS = (2, 4, 8)
 _GACT_PROBES = 3
 
 
@@ -35,9 +37,10 @@ class _LevelLaw:
 
     def candidates(self, use: SiteUse, config: ActMemConfig) -> list[CodecSpec]:
         """Return min-max groups with stochastic rounding, at the published widths that the floors allow."""
-        codec, widths = ("relu", _RELU_BITS) if use.default.codec == "relu" else ("uniform", self.widths)
-        floor = least_bits(use, config)
-        return [CodecSpec(codec, bits, config.group_size, "stochastic") for bits in widths if bits >= floor]
+        default, floor = use.default, least_bits(use, config)
+        if default.codec in ("relu", "fixed"):  # a code that the tensor needs
+            return [replace(default, bits=bits, rounding="stochastic") for bits in _OWN_BITS if bits >= floor]
+        return [CodecSpec("uniform", bits, config.group_size, "stochastic") for bits in self.widths if bits >= floor]
 
     def variance(self, known: Sensitivities, site: Site, spec: CodecSpec | None) -> float | None:
         """Return what the law makes of the measured width."""

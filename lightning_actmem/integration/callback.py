@@ -38,6 +38,7 @@ class ActMem(Callback):
         seed: Seed of the rounding noise.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
         derive: Whether to compute again, instead of storing, what follows from a stored tensor.
+        activations: ``"derive"``, ``"derivative"`` or ``"inverted"``: what element-wise operations keep.
         attention_bits: Least bits for what attention multiplies.
         loss_bits: Least bits for what a loss saves.
         exact: Patterns of layers or operations that stay exact.
@@ -70,6 +71,7 @@ class ActMem(Callback):
         seed: int | None = None,
         backend: str | None = None,
         derive: bool | None = None,
+        activations: str | None = None,
         attention_bits: int | None = None,
         loss_bits: int | None = None,
         exact: tuple[str, ...] | None = None,
@@ -91,6 +93,7 @@ class ActMem(Callback):
             seed=seed,
             backend=backend,
             derive=derive,
+            activations=activations,
             attention_bits=attention_bits,
             loss_bits=loss_bits,
             exact=exact,

@@ -55,6 +55,7 @@ class ActMemStrategy(_ActMemMixin, SingleDeviceStrategy):
         seed: Seed of the rounding noise.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
         derive: Whether to compute again, instead of storing, what follows from a stored tensor.
+        activations: ``"derive"``, ``"derivative"`` or ``"inverted"``: what element-wise operations keep.
         attention_bits: Least bits for what attention multiplies.
         loss_bits: Least bits for what a loss saves.
         exact: Patterns of layers or operations that stay exact.
@@ -95,6 +96,7 @@ class ActMemStrategy(_ActMemMixin, SingleDeviceStrategy):
         seed: int | None = None,
         backend: str | None = None,
         derive: bool | None = None,
+        activations: str | None = None,
         attention_bits: int | None = None,
         loss_bits: int | None = None,
         exact: tuple[str, ...] | None = None,
@@ -126,6 +128,7 @@ class ActMemStrategy(_ActMemMixin, SingleDeviceStrategy):
             seed=seed,
             backend=backend,
             derive=derive,
+            activations=activations,
             attention_bits=attention_bits,
             loss_bits=loss_bits,
             exact=exact,
@@ -202,6 +205,7 @@ class ActMemDDPStrategy(_ActMemMixin, DDPStrategy):
         seed: Seed of the rounding noise.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
         derive: Whether to compute again, instead of storing, what follows from a stored tensor.
+        activations: ``"derive"``, ``"derivative"`` or ``"inverted"``: what element-wise operations keep.
         attention_bits: Least bits for what attention multiplies.
         loss_bits: Least bits for what a loss saves.
         exact: Patterns of layers or operations that stay exact.
@@ -232,6 +236,7 @@ class ActMemDDPStrategy(_ActMemMixin, DDPStrategy):
         seed: int | None = None,
         backend: str | None = None,
         derive: bool | None = None,
+        activations: str | None = None,
         attention_bits: int | None = None,
         loss_bits: int | None = None,
         exact: tuple[str, ...] | None = None,
@@ -254,6 +259,7 @@ class ActMemDDPStrategy(_ActMemMixin, DDPStrategy):
             seed=seed,
             backend=backend,
             derive=derive,
+            activations=activations,
             attention_bits=attention_bits,
             loss_bits=loss_bits,
             exact=exact,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 
 from .borrowed import Borrowed
+from .deferred import Deferred
 from .derive import SAVES_OUTPUT, Deriver
 from .geometry import Geometry
 from .handle import EXACT_BITS, Handle, Stand
@@ -70,16 +71,20 @@ class SavedTensorHooks:
             self._deriver.start_step(self._identifier.borrowed)
 
     @staticmethod
-    def unpack(handle: Handle) -> Tensor:
+    def unpack(handle: Handle | Deferred) -> Tensor:
         """Return the tensor that a handle stands for."""
         return handle.restore()
 
-    def pack(self, tensor: Tensor) -> Handle:
+    def pack(self, tensor: Tensor) -> Handle | Deferred:
         """Store a tensor that autograd saves and return its handle."""
+        if self._store.deferred.waiting:
+            self._store.deferred.settle()
         storage = _storage(tensor)
         if storage is None:
             return self._keep_opaque(tensor)
         verdict = self._identifier.identify(tensor, storage._cdata, self._scope.frame)
+        if verdict.declared is not None:
+            return self._store.put_declared(tensor, verdict, verdict.declared)
         handle = self._pack(tensor, storage, verdict)
         note = self._tracker.note
         if note is not None and verdict.role == "result":

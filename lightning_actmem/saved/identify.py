@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from lightning_actmem_kernels import CodecSpec, integer_bits
 
 from . import operation as ops
 from .borrowed import Borrowed
+from .declared import Declared
 from .handle import DERIVED_BITS, EXACT_BITS
 from .operation import OperationTracker
 from .reduced import UNREAD, UNREAD_DEVICES, is_piecewise, one_bit
@@ -76,6 +78,7 @@ class Verdict(NamedTuple):
         is_output: Whether it is the operation's own output.
         levels: The two values that a stand-in takes, for a tensor of which backward reads one bit or nothing.
         bit: That bit, as a function of the tensor; with ``levels`` absent, the exact sign to keep beside a derivation.
+        declared: What a replacement says of a tensor that it has made.
     """
 
     operation: str
@@ -88,6 +91,7 @@ class Verdict(NamedTuple):
     is_output: bool = False
     levels: tuple[float, float] | None = None
     bit: Callable[[Tensor], Tensor] | None = None
+    declared: Declared | None = None
 
 
 class Identifier:
@@ -123,6 +127,8 @@ class Identifier:
         owner = self.borrowed.owner(storage_id)
         if owner is not None:
             return Verdict(operation, owner, owner)
+        if self._call.declared and (declared := self._call.declared.get(storage_id)) is not None:
+            return self._declared(tensor, operation, declared)
         if is_weight(tensor):
             return Verdict(operation, "weight", "weight")
         role, source = _role(tensor, storage_id, self._call)
@@ -143,6 +149,27 @@ class Identifier:
         if tensor.dtype not in FLOATS:
             return Verdict(operation, role, *_index(tensor, operation, self._call, source))
         return self._float(tensor, operation, role, source, frame)
+
+    def keeps(self, operation: str, frame: Frame) -> bool:
+        """Whether what an operation saves stays as it is: it is part of a loss, or excluded by a pattern."""
+        if frame.is_loss or ops.is_loss(operation):
+            return True
+        return bool(self._exact) and self._is_excluded(frame.layer, operation)
+
+    def _declared(self, tensor: Tensor, operation: str, declared: Declared) -> Verdict:
+        """Return the verdict on a tensor that a replacement saves."""
+        spec = self._codecs.general
+        found = Verdict(operation, declared.role, "packed", declared=declared if declared.own else None)
+        if self._codecs.copies:
+            return found._replace(spec=spec)
+        if tensor.dtype == torch.bool:
+            return found._replace(spec=MASK)
+        if tensor.dtype not in FLOATS:
+            return found._replace(kind="unsupported")
+        if spec is None:
+            return found._replace(kind="exact", derivable=not declared.own, least_bits=DERIVED_BITS)
+        spec = _of_derivatives(spec, declared.bounds)
+        return found._replace(spec=spec, derivable=not declared.own, least_bits=1)
 
     def _float(self, tensor: Tensor, operation: str, role: str, source: Tensor | None, frame: Frame) -> Verdict:
         codecs = self._codecs
@@ -223,6 +250,15 @@ class Identifier:
 
     def _is_weight(self, tensor: Tensor) -> bool:
         return is_weight(tensor) or self.borrowed.owns(tensor)
+
+
+@lru_cache(maxsize=256)
+def _of_derivatives(spec: CodecSpec, bounds: tuple[float, float] | None) -> CodecSpec:
+    """Return the codec for derivatives that is as wide as the codec for any activation."""
+    if bounds is not None:
+        return CodecSpec("fixed", spec.bits, spec.group_size, spec.rounding, low=bounds[0], high=bounds[1])
+    # Those of an activation lie around 1/2: without their mean a rotated group of gelu_new has half the error.
+    return replace(spec, centre=True) if spec.codec == "rotated" else spec
 
 
 def _bits(spec: CodecSpec | None) -> int:

@@ -15,6 +15,8 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from .declared import Declared
+
 # What an operation saves is packed only where its backward is known to bear rounding: an operation that is in none of
 # these sets keeps its tensors exact. sqrt, log, division and norms are absent on purpose: their backward divides by
 # what they saved, so one element decoded near zero would destroy the gradient.
@@ -85,7 +87,7 @@ class OperationTracker(TorchFunctionMode):
     """Notes the torch function that is running (0.8 us per operation).
 
     An `observer` is told of every operation that runs with gradient; ``replacements`` run instead of theirs, as
-    ``replacement(function, arguments, keywords)``.
+    ``replacement(function, arguments, keywords)``, and put into ``declared`` what they save, by its storage's identity.
 
     While an operation runs, `function` and `arguments` are its own; outside every operation `function` is ``None``.
     The arguments are not kept beyond the call.
@@ -95,6 +97,7 @@ class OperationTracker(TorchFunctionMode):
         super().__init__()
         self.observer: Observer | None = None
         self.replacements: dict[Callable[..., Any], Callable[..., Any]] = {}
+        self.declared: dict[int, Declared] = {}
         self.note: Any = None
         self.function: Callable[..., Any] | None = None
         self.arguments: tuple[Any, ...] = ()
@@ -110,12 +113,11 @@ class OperationTracker(TorchFunctionMode):
         self.function, self.arguments, self.keywords = func, args, kwargs
         self.note = note = None if observer is None else observer.before(func, args, kwargs)
         try:
-            if func in self.replacements:
-                return self.replacements[func](func, args, kwargs)
             if getattr(func, "__name__", None) in _COMPOSITES:
                 with self:
                     return _without_override_check(func)(*args, **kwargs)
-            result = func(*args, **kwargs)
+            replacement = self.replacements.get(func)
+            result = func(*args, **kwargs) if replacement is None else replacement(func, args, kwargs)
             if observer is not None and note is not None:
                 observer.after(note, result)
             return result

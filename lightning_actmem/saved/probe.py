@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 from weakref import ReferenceType, ref
 
@@ -104,8 +104,8 @@ class Rounding:
         flat = layout.flatten(tensor)
         kept = _EXACT
         if self._compact:
-            codec = "relu" if verdict.spec.codec == "relu" else "uniform"
-            kept = CodecSpec(codec, _COMPACT_BITS, verdict.spec.group_size)
+            own = verdict.spec.codec in ("relu", "fixed")
+            kept = replace(verdict.spec if own else CodecSpec("uniform"), bits=_COMPACT_BITS, rounding="dither")
         charge = Charge(self.ledger, saved_bytes=kept.stored_bytes(layout.numel, tensor.dtype))
         encoded = encode(flat, kept, key=key, backend=self._backend)
         base = Payload(encoded, kept, layout.numel, tensor.dtype, key, self._backend, self._cache, (charge,))

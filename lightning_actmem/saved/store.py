@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from functools import partial
 from time import perf_counter_ns
 
+import torch
 from torch import Tensor, UntypedStorage
 
 from lightning_actmem_kernels import CodecSpec, Layout, encode
 
+from .declared import Declared
+from .deferred import Deferrals, Deferred
 from .derived import Derived
 from .geometry import Geometry
 from .handle import DecodeCache, Handle, Kept, Packed, Payload, Stand
@@ -35,6 +40,7 @@ class Store:
 
     def __init__(self, scope: LayerScope, ledger: Ledger, backend: str | None) -> None:
         self.shared = SharedStorages()
+        self.deferred = Deferrals()
         self._scope = scope
         self._sites = SiteTable()
         self._ledger = ledger
@@ -57,6 +63,7 @@ class Store:
 
     def end_step(self) -> None:
         """Let go of everything that belongs to the step; handles live on with autograd's graph."""
+        self.deferred.settle(everything=True)
         self.shared.clear()
 
     def share(self, handle: Handle, verdict: Verdict) -> Handle:
@@ -99,6 +106,58 @@ class Store:
         if layout is None or spec is None or _is_no_smaller(spec, layout, tensor, storage):
             return self._keep(tensor, entry, verdict, site)
         return self._encode(tensor, entry, verdict, site, spec, layout)
+
+    def put_declared(self, tensor: Tensor, verdict: Verdict, declared: Declared) -> Kept | Deferred:
+        """Store a tensor that stands in for what plain autograd would save; encode it when nothing may replace it."""
+        site, layout, spec = self.site(verdict), Layout.of(tensor), verdict.spec
+        if spec is not None and not spec.lossless:
+            spec = self.plan.get(site, spec)
+        elements = declared.raw_bytes // tensor.element_size()
+        if layout is None or spec is None or _is_no_smaller(spec, layout, tensor, tensor.untyped_storage()):
+            held = Charge(self._ledger, saved_bytes=tensor.untyped_storage().nbytes())
+            self._ledger.record(site, verdict.kind, "exact", declared.raw_bytes, held.saved_bytes, elements)
+            return Kept(tensor, charges=(held, *declared.charges))
+        self._ledger.record(site, verdict.kind, _label(spec), declared.raw_bytes, 0, elements)
+        stream = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+        verdict = verdict._replace(declared=None)  # which holds the result, and so the node that holds the handle
+        handle = Deferred(partial(self._encode_late, tensor, verdict, site, spec, layout, stream), declared.charges)
+        if declared.result is None:
+            handle.settle()
+        else:
+            self.deferred.add(handle, declared.result)
+        return handle
+
+    def _encode_late(
+        self,
+        tensor: Tensor,
+        verdict: Verdict,
+        site: Site,
+        spec: CodecSpec,
+        layout: Layout,
+        stream: torch.cuda.Stream | None,
+    ) -> Handle:
+        """Encode a tensor that is on its site's row already, on the stream that has made it and will read it."""
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            given = self.watch.put(tensor, layout, site, verdict, spec) if self.watch and not spec.lossless else None
+            entry = self.shared[tensor.untyped_storage()]
+            if given is not None:
+                return entry.add(Geometry.of(tensor), layout, given)
+            payload, saved_bytes = self._payload(tensor, spec, layout, site, None)
+        self._ledger.sites[site].saved_bytes += saved_bytes
+        return entry.add(Geometry.of(tensor), layout, payload)
+
+    def raw_charges(self, tensors: Iterable[Tensor]) -> tuple[tuple[Charge, ...], int]:
+        """Return the charges for memory that plain autograd would keep alive, and the bytes of the new ones."""
+        charges: list[Charge] = []
+        raw_bytes = 0
+        for tensor in tensors:
+            if tensor.is_leaf and tensor.requires_grad:
+                continue  # the user holds it, see `Identifier`
+            storage = tensor.untyped_storage()
+            charge, new_bytes = self._raw_charge(storage, self.shared[storage])
+            charges.append(charge)
+            raw_bytes += new_bytes
+        return tuple(charges), raw_bytes
 
     def _keep(self, tensor: Tensor, entry: StoredStorage, verdict: Verdict, site: Site) -> Handle:
         """Keep a tensor by reference; its storage is booked once."""
@@ -143,8 +202,9 @@ class Store:
         if verdict.kind != "copy":  # made for a recipe: plain autograd would not keep it
             raw, raw_bytes = self._raw_charge(tensor.untyped_storage(), entry)
         payload, saved_bytes = self._payload(tensor, spec, layout, site, raw)
-        codec = "exact" if spec.codec == "identity" else f"{spec.codec}-{spec.bits}"
-        self._ledger.record(site, verdict.kind, codec, raw_bytes, saved_bytes, raw_bytes // tensor.element_size())
+        self._ledger.record(
+            site, verdict.kind, _label(spec), raw_bytes, saved_bytes, raw_bytes // tensor.element_size()
+        )
         return entry.add(Geometry.of(tensor), layout, payload)
 
     def _payload(
@@ -175,6 +235,10 @@ class Store:
 
     def _book(self, verdict: Verdict, codec: str, raw_bytes: int = 0, saved_bytes: int = 0, elements: int = 0) -> None:
         self._ledger.record(self.site(verdict), verdict.kind, codec, raw_bytes, saved_bytes, elements)
+
+
+def _label(spec: CodecSpec) -> str:
+    return "exact" if spec.codec == "identity" else f"{spec.codec}-{spec.bits}"
 
 
 def _is_no_smaller(spec: CodecSpec, layout: Layout, tensor: Tensor, storage: UntypedStorage) -> bool:

@@ -196,6 +196,17 @@ def test_ranks_that_gather_agree() -> None:
     assert ranks[0].adapter.predicted_noise == ranks[1].adapter.predicted_noise
 
 
+@pytest.mark.parametrize("activations", ["derive", "derivative", "inverted"])
+def test_what_stands_in_for_an_activations_input_adapts_too(activations: str) -> None:
+    training = Training(bits=2, adapt=True, activations=activations)
+    sure(training)
+    training.adapter.allocate()
+    training.step()
+    training.measure(60)
+    assert training.adapter.measured_noise == pytest.approx(training.adapter.expected_noise, rel=0.3)
+    assert set(training.engine.plan) == set(training.adapter.sizes.uses)
+
+
 def test_attention_keeps_its_floor() -> None:
     model, ids = models.gpt2(dropout=0.0), torch.randint(0, 256, (8, 64))
     engine = ActMemEngine(bits=2, adapt=True)

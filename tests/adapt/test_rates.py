@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -16,15 +18,17 @@ TOLERANCE = 0.03
 @pytest.mark.parametrize(("codec", "rounding", "bits"), [(*key, bits) for key, row in RATES.items() for bits in row])
 def test_a_rate_is_what_the_codec_does(codec: str, rounding: str, bits: int) -> None:
     x = torch.randn(2**18)
+    spec = CodecSpec(codec, bits, rounding=rounding)
     if codec == "relu":
         x = x.relu()
-    spec = CodecSpec(codec, bits, rounding=rounding)
+    if codec == "fixed":
+        x, spec = torch.rand(2**18), replace(spec, low=0.0, high=1.0)
     error = decode(encode(x, spec, key=1), spec, numel=x.numel(), dtype=x.dtype, key=1) - x
     assert (error.square().sum() / x.square().sum()).item() == pytest.approx(rate(spec), rel=TOLERANCE)
 
 
 def test_every_width_of_every_rounding_codec_has_a_rate() -> None:
-    wanted = {(codec, rounding) for codec in ("uniform", "relu", "bfp") for rounding in ROUNDINGS} | {
+    wanted = {(codec, rounding) for codec in ("uniform", "relu", "fixed", "bfp") for rounding in ROUNDINGS} | {
         ("rotated", "dither")
     }
     assert set(RATES) == wanted

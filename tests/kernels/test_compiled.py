@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_actmem_kernels import CodecSpec, cpu_path, decode, encode
-from lightning_actmem_kernels.reference import compiled, uniform
+from lightning_actmem_kernels.reference import compiled, fixed, uniform
 
 NUMEL = 2 * compiled.CHUNK_ELEMENTS_CPU + 777  # two chunks that may be compiled and a last one that may not
 
@@ -55,9 +55,9 @@ def test_a_failing_compiler_stops_nothing(state, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(not compiled._has_compiler(), reason="needs a C++ compiler")
 @pytest.mark.parametrize("rounding", ["dither", "nearest"])
-@pytest.mark.parametrize("bits", [1, 3, 4])
-def test_the_same_bits(state, monkeypatch, bits, rounding):
-    x, spec = torch.randn(NUMEL) * torch.logspace(-30, 30, NUMEL), CodecSpec("uniform", bits, rounding=rounding)
+@pytest.mark.parametrize(("codec", "bits"), [("uniform", 1), ("uniform", 3), ("uniform", 4), ("fixed", 3)])
+def test_the_same_bits(state, monkeypatch, codec, bits, rounding):
+    x, spec = torch.randn(NUMEL) * torch.logspace(-30, 30, NUMEL), CodecSpec(codec, bits, rounding=rounding, low=-0.5)
     x[::100_003] = torch.nan
     wanted = [_round_trip(x, spec, key) for key in (-5, 2**62)]
     monkeypatch.setattr(compiled, "AFTER_ELEMENTS", 0)
@@ -65,7 +65,8 @@ def test_the_same_bits(state, monkeypatch, bits, rounding):
         for a, b in zip(_round_trip(x, spec, key), expected, strict=True):
             assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
     assert cpu_path() == "compiled: 2 functions"
-    assert {case[0] for case in state.functions} == {uniform.encode_groups, uniform.decode_groups}
+    module = {"uniform": uniform, "fixed": fixed}[codec]
+    assert {case[0] for case in state.functions} == {module.encode_groups, module.decode_groups}
 
 
 @pytest.mark.slow

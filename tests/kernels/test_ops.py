@@ -24,6 +24,9 @@ def _cases():
         codes, exponents = ops.fp8_encode(x, "fp8_e4m3", 64, "stochastic", -9, "torch")
         yield ops.fp8_encode, (x, "fp8_e4m3", 64, "stochastic", -9, "torch")
         yield ops.fp8_decode, (codes, exponents, "fp8_e4m3", numel, torch.float16, "torch")
+        codes = ops.fixed_encode(x, 3, 64, -0.5, 1.5, "dither", -9, "torch")
+        yield ops.fixed_encode, (x, 3, 64, -0.5, 1.5, "dither", -9, "torch")
+        yield ops.fixed_decode, (codes, 3, -0.5, 1.5, "dither", -9, numel, torch.bfloat16, "torch")
         bools, values = x < 0.5, torch.arange(numel)
         yield ops.mask_encode, (bools, "torch")
         yield ops.mask_decode, (ops.mask_encode(bools, "torch"), numel, "torch")
@@ -49,7 +52,7 @@ def test_the_fake_knows_size_dtype_and_stride(op, args):
 
 
 def test_every_operator_is_reachable_by_name():
-    codecs = ("uniform", "rotated", "relu", "bfp", "fp8", "mask", "integer")
+    codecs = ("uniform", "rotated", "relu", "bfp", "fp8", "fixed", "mask", "integer")
     names = {f"{codec}_{way}" for codec in codecs for way in ("encode", "decode")}
     assert {name for name in dir(ops) if name in names} == names
     assert all(getattr(torch.ops.lightning_actmem, name).default is getattr(ops, name) for name in names)

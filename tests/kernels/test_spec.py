@@ -19,6 +19,10 @@ WRONG = [
     ({"codec": "bfp", "bits": 1}, "bits must be one of 2, 3, 4 or 8 for codec 'bfp', got 1"),
     ({"codec": "rotated", "bits": 8}, "bits must be one of 1, 2, 3 or 4 for codec 'rotated', got 8"),
     ({"codec": "rotated", "centre": 1}, "centre must be True or False, got 1"),
+    ({"codec": "fixed", "low": 1.0}, "low and high must span a range that float32 can divide, got 1.0 and 1.0. Give"),
+    ({"codec": "fixed", "high": float("inf")}, "low and high must span a range"),
+    ({"codec": "fixed", "low": float("nan")}, "low and high must span a range"),
+    ({"codec": "fixed", "low": 1e6, "high": 1e6 + 1}, "low and high must span a range"),
     ({"codec": "integer"}, "bits must be one of 8, 16 or 32 for codec 'integer', got 4"),
     ({"codec": "uniform", "group_size": -256}, "group_size must be one of 32, .* or 1024, got -256. Use 256"),
     ({"codec": "uniform", "group_size": 48}, "group_size must be one of"),
@@ -53,7 +57,7 @@ def test_lossless():
 
 
 def _stored_cases():
-    for codec in ("uniform", "relu", "bfp", "fp8_e4m3", "fp8_e5m2"):
+    for codec in ("uniform", "relu", "fixed", "bfp", "fp8_e4m3", "fp8_e5m2"):
         for bits in WIDTHS[codec]:
             for group_size in (32, 256, 1024):
                 yield CodecSpec(codec, bits, group_size), FLOATS
@@ -85,6 +89,7 @@ def test_stored_bytes_is_exact(spec, dtypes):
     [
         (CodecSpec("uniform", bits=4), 1000 * (128 + 4)),
         (CodecSpec("relu", bits=2), 1000 * (64 + 2)),
+        (CodecSpec("fixed", bits=2), 1000 * 64),
         (CodecSpec("rotated", bits=1), 1000 * (32 + 2)),
         (CodecSpec("rotated", bits=1, centre=True), 1000 * (32 + 4)),
         (CodecSpec("bfp", bits=3), 1000 * (96 + 1)),

@@ -21,6 +21,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BITS = {
     "uniform": (1, 2, 3, 4, 8),
     "relu": (2, 3, 4, 8),
+    "fixed": (1, 2, 3, 4, 8),
     "rotated": (1, 2, 3, 4),
     "bfp": (2, 3, 4, 8),
     "fp8_e4m3": (8,),
@@ -128,6 +129,14 @@ def test_a_range_beyond_float32(codec):
     x = torch.tensor([3e38, -3e38] * 16 + [3.4028234e38, 0.0] * 16 + [1.0, -3.4028234e38] * 16)
     for bits, rounding in itertools.product(BITS[codec], ROUNDINGS):
         _assert_equal(x, CodecSpec(codec, bits, 32, rounding), 5)
+
+
+@QUIET_OVERFLOW
+@pytest.mark.parametrize("bits", BITS["fixed"])
+def test_ranges(bits):
+    x = torch.cat(list(_special()))
+    for (low, high), rounding in itertools.product(((-0.129, 1.129), (-3e4, 0.1), (1.0, 1.001)), ROUNDINGS):
+        _assert_equal(x, CodecSpec("fixed", bits, 32, rounding, low=low, high=high), 5)
 
 
 @settings(max_examples=60)

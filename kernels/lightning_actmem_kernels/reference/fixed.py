@@ -1,0 +1,128 @@
+"""Quantisation to 2**bits evenly spaced levels of a range that is known beforehand: no metadata.
+
+For derivatives of bounded functions: that of GELU lies in [-0.129, 1.129] whatever goes in. With low and high rounded
+to float32 and step = (high - low) / (2**bits - 1), for x clamped to the range:
+    encode: v = 256 (x - low) / step rounded to nearest;  q = floor((v + r) / 256)
+    decode: (256 q + 255 - r) * (step / 256) + (low - 127.5 step / 256)   (dither)   or   q * step + low   (the others)
+with the byte r from the counter (see noise.py), or r = 128 for nearest. There is no room for NaN: it comes back as low.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..noise import noise_bytes
+from .bf16 import LOW_HALF
+from .bits import pack, unpack
+from .chunks import group_chunks, group_count, load_groups, store_groups
+from .compiled import run
+from .uniform import MAGIC
+
+
+class Grid(NamedTuple):
+    """The numbers of a range at a width, each a float32: the backends must not round them in their own ways.
+
+    Args:
+        low: Lowest level.
+        high: Highest level.
+        scale: 256 / step.
+        factor: What a decoded number is multiplied by.
+        offset: What is added then.
+    """
+
+    low: float
+    high: float
+    scale: float
+    factor: float
+    offset: float
+
+    @staticmethod
+    def of(low: float, high: float, bits: int, rounding: str) -> Grid:
+        """The grid of 2**bits levels from low to high."""
+        low, high = _float32(low), _float32(high)
+        step = (high - low) / ((1 << bits) - 1)
+        factor = _float32(step / 256 if rounding == "dither" else step)
+        offset = _float32(low - 127.5 * step / 256) if rounding == "dither" else low
+        return Grid(low, high, _float32(256 / step), factor, offset)
+
+
+def encode(flat: Tensor, bits: int, group_size: int, low: float, high: float, rounding: str, key: int) -> Tensor:
+    """Quantise a flat tensor.
+
+    Args:
+        flat: 1-D contiguous float32, bfloat16 or float16, n elements in N = ceil(n / G) groups.
+        bits: Bits per code b.
+        group_size: Elements per group G: of the code layout and the noise.
+        low: Lowest level.
+        high: Highest level.
+        rounding: `dither`, `stochastic` or `nearest`.
+        key: 64-bit key of the noise stream.
+
+    Returns:
+        Codes, uint8 [N, b, G/8].
+    """
+    groups = group_count(flat.numel(), group_size)
+    grid = Grid.of(low, high, bits, rounding)
+    codes = torch.empty(groups, bits, group_size // 8, dtype=torch.uint8, device=flat.device)
+    for first, last in group_chunks(flat.numel(), group_size, flat.device):
+        x = load_groups(flat, first, last, group_size)
+        codes[first:last] = run(encode_groups, (x,), (grid, bits, rounding), x.numel(), key, first)
+    return codes
+
+
+def decode(
+    codes: Tensor, bits: int, low: float, high: float, rounding: str, key: int, numel: int, dtype: torch.dtype
+) -> Tensor:
+    """Restore what `encode` packed.
+
+    Args:
+        codes: uint8 [N, b, G/8].
+        bits: Bits per code b.
+        low: As given to `encode`.
+        high: As given to `encode`.
+        rounding: As given to `encode`.
+        key: As given to `encode`.
+        numel: Elements n.
+        dtype: float32, bfloat16 or float16.
+
+    Returns:
+        1-D tensor of n elements.
+    """
+    group_size = 8 * codes.shape[2]
+    grid = Grid.of(low, high, bits, rounding)
+    flat = torch.empty(numel, dtype=dtype, device=codes.device)
+    for first, last in group_chunks(numel, group_size, codes.device):
+        elements = (last - first) * group_size
+        values = run(decode_groups, (codes[first:last],), (grid, bits, rounding), elements, key, first)
+        store_groups(values, flat, first)
+    return flat
+
+
+def encode_groups(x: Tensor, grid: Grid, bits: int, rounding: str, key: int | Tensor, first: int | Tensor) -> Tensor:
+    """Codes of groups x [R, G], `first` being the index of the first one; x is not written to."""
+    # NaN is not above low. At high, v is 256 times the top level exactly, once rounded to an integer.
+    x = torch.where(x > grid.low, x, grid.low).clamp_(max=grid.high)
+    v = x.sub_(grid.low).mul_(grid.scale).add_(MAGIC).view(torch.int32).bitwise_and_(LOW_HALF)
+    if rounding == "nearest":
+        v.add_(128)
+    else:
+        v.add_(noise_bytes(key, first, x.shape[0], x.shape[1], x.device))
+    return pack(v.bitwise_right_shift_(8).to(torch.uint8), bits)
+
+
+def decode_groups(
+    codes: Tensor, grid: Grid, bits: int, rounding: str, key: int | Tensor, first: int | Tensor
+) -> Tensor:
+    """Values, float32 [R, G], of what `encode_groups` returned."""
+    q = unpack(codes, bits).to(torch.float32)
+    if rounding == "dither":
+        q.mul_(256.0).add_(255.0).sub_(noise_bytes(key, first, q.shape[0], q.shape[1], codes.device))
+    return q.mul_(grid.factor).add_(grid.offset)
+
+
+def _float32(value: float) -> float:
+    return float(struct.unpack("f", struct.pack("f", value))[0])
