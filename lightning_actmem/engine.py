@@ -20,6 +20,7 @@ from .adapt.choose import CodecChooser
 from .adapt.linear import COVERED, ClosedForm
 from .adapt.outputs import Outputs
 from .adapt.replay import Replay
+from .adapt.state import plan_of, plan_state
 from .config import LOSSLESS_BITS, ActMemConfig, ConfigLike
 from .errors import ActMemError, ActMemWarning
 from .methods import DerivativeChains, Gate, InvertedActivations
@@ -228,6 +229,8 @@ class ActMemEngine:
         state: dict[str, Any] = {"version": 1, "step": self.step}
         if self._chooser is not None:
             state["codecs"] = self._chooser.state_dict()
+        else:
+            state["plan"] = plan_state(self.plan)
         if self.adapter is not None:
             state["adapter"] = self.adapter.state_dict()
         return state
@@ -249,6 +252,8 @@ class ActMemEngine:
         self.step = int(state["step"])
         if self._chooser is not None and "codecs" in state:
             self._chooser.load_state_dict(state["codecs"])
+        elif "plan" in state and ("adapter" in state) == (self.adapter is not None):
+            self.plan = plan_of(state["plan"])
         if self.adapter is not None and "adapter" in state:
             self.adapter.load_state_dict(state["adapter"])
 

@@ -22,7 +22,7 @@ from .replay import Replay
 from .schedule import Target
 from .sensitivity import Average, Sensitivities
 from .sizes import Sizes
-from .state import as_list, spec_of
+from .state import as_list
 
 Plan = Mapping[Site, CodecSpec | None]
 # Two parts of a batch tell the gradient's own variance within some 25 % only, while what rounding adds to it is known
@@ -219,10 +219,9 @@ class Adapter:
         return changes
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plan, sensitivities and what has been measured: lists, texts and numbers."""
+        """Return the sensitivities and what else has been measured: lists, texts and numbers."""
         return {
             "count": self.count,
-            "plan": [[as_list(site), as_list(spec)] for site, spec in self._host.plan.items()],
             "sensitivities": self.sensitivities.state(),
             "log_variance": as_list(self._log_variance),
             "measured_noise": self.measured_noise,
@@ -233,7 +232,6 @@ class Adapter:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where the state was taken."""
         self.count = int(state["count"])
-        self._host.plan = {Site(*site): spec_of(spec) for site, spec in state["plan"]}
         self.sensitivities.load(state["sensitivities"])
         self._log_variance = Average(*state["log_variance"])
         self.measured_noise = state["measured_noise"]

@@ -265,3 +265,21 @@ def test_a_plan_can_be_set_by_hand() -> None:
     with engine.compress(model, inputs=x):
         model(x).sum().backward()
     assert engine.ledger.sites[site].codec == "uniform-8"
+    resumed = ActMemEngine(bits=2)
+    resumed.load_state_dict(engine.state_dict())
+    assert resumed.plan == engine.plan
+    adaptive = ActMemEngine(bits=2, adapt=True)
+    adaptive.load_state_dict(engine.state_dict())
+    assert adaptive.plan == {}
+
+
+def test_a_run_that_no_longer_adapts_has_no_plan() -> None:
+    training = Training(bits=2, adapt=True)
+    sure(training)
+    training.adapter.allocate()
+    plain = ActMemEngine(bits=2)
+    plain.load_state_dict(training.engine.state_dict())
+    assert plain.plan == {}
+    again = ActMemEngine(bits=2, adapt=True)
+    again.load_state_dict(training.engine.state_dict())
+    assert again.plan == training.engine.plan != {}
