@@ -35,8 +35,9 @@ CODECS: dict[str, dict[str, Any]] = {
     "min-max, stochastic rounding": {"codec": "uniform", "rounding": "stochastic"},
     "min-max, nearest": {"codec": "uniform", "rounding": "nearest"},
     "min-max, subtractive dither": {"codec": "uniform"},
-    "rotated": {"codec": "rotated", "centre": False},
-    "rotated, mean removed": {"codec": "rotated", "centre": True},
+    "rotated": {"codec": "rotated", "rotated": {"centre": False}},
+    "rotated, mean removed": {"codec": "rotated", "rotated": {"centre": True}},
+    "rotated, mean removed, groups of 512": {"codec": "rotated", "rotated": {"centre": True, "group_size": 512}},
     "block floating point, dither": {"codec": "bfp"},
     "float8 e4m3, stochastic rounding": {"codec": "fp8_e4m3"},
     "float8 e5m2, stochastic rounding": {"codec": "fp8_e5m2"},
@@ -82,16 +83,16 @@ class Residual(nn.Module):
         return F.relu(x + self.body(x))
 
 
-class Centred(dict[Site, CodecSpec | None]):
-    """A plan that says for every rotated site whether the mean of each group is kept apart."""
+class Rotated(dict[Site, CodecSpec | None]):
+    """A plan that changes the parameters of every rotated site, and nothing else."""
 
-    def __init__(self, centre: bool) -> None:
+    def __init__(self, parameters: dict[str, Any]) -> None:
         super().__init__()
-        self.centre = centre
+        self.parameters = parameters
 
     def get(self, site: Site, default: Any = None) -> Any:
         is_rotated = isinstance(default, CodecSpec) and default.codec == "rotated"
-        return dataclasses.replace(default, centre=self.centre) if is_rotated else default
+        return dataclasses.replace(default, **self.parameters) if is_rotated else default
 
 
 def gpt() -> Task:
@@ -148,10 +149,10 @@ def gradient(task: Task, batch: Batch, engine: ActMemEngine | None) -> Tensor:
 def measure(task: Task, batch: Batch, draws: int, bits: int, settings: dict[str, Any]) -> Error:
     """Return squared bias and variance of the gradient with everything packed at these bits."""
     exact = gradient(task, batch, None)
-    config = {name: value for name, value in settings.items() if name != "centre"}
+    config = {name: value for name, value in settings.items() if name != "rotated"}
     engine = ActMemEngine(config, bits=bits, attention_bits=bits, min_elements=0)
-    if "centre" in settings:
-        engine._store.plan = Centred(settings["centre"])
+    if "rotated" in settings:
+        engine._store.plan = Rotated(settings["rotated"])
     if settings["codec"] == "measured":
         gradient(task, batch, engine)  # the step that measures
     draws = 1 if settings.get("rounding") == "nearest" else draws

@@ -121,9 +121,11 @@ class Transformer(nn.Module):
 class Bottleneck(nn.Module):
     """The residual block of ResNet-50: 1 x 1, 3 x 3 and 1 x 1 convolutions around a shortcut."""
 
+    expansion = 4
+
     def __init__(self, channels_in: int, width: int, stride: int) -> None:
         super().__init__()
-        channels_out = 4 * width
+        channels_out = self.expansion * width
         self.conv1 = nn.Conv2d(channels_in, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
@@ -131,11 +133,7 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(width, channels_out, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(channels_out)
         self.relu = nn.ReLU(inplace=True)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or channels_in != channels_out:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(channels_in, channels_out, 1, stride, bias=False), nn.BatchNorm2d(channels_out)
-            )
+        self.shortcut = _shortcut(channels_in, channels_out, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
@@ -145,20 +143,46 @@ class Bottleneck(nn.Module):
         return self.relu(out)
 
 
-class ResNet50(nn.Module):
-    """ResNet-50 (He et al., 2016, Table 1)."""
+class BasicBlock(nn.Module):
+    """The residual block of ResNet-18: two 3 x 3 convolutions around a shortcut."""
 
-    def __init__(self) -> None:
+    expansion = 1
+
+    def __init__(self, channels_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.shortcut = _shortcut(channels_in, width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += self.shortcut(x)
+        return self.relu(out)
+
+
+class ResNet(nn.Module):
+    """ResNet-18 or ResNet-50 (He et al., 2016, Table 1).
+
+    Args:
+        block: The residual block.
+        counts: Blocks in each of the four stages.
+    """
+
+    def __init__(self, block: type[BasicBlock] | type[Bottleneck], counts: tuple[int, ...]) -> None:
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
         )
         blocks: list[nn.Module] = []
         channels = 64
-        for stage, count in enumerate((3, 4, 6, 3)):
+        for stage, count in enumerate(counts):
             for index in range(count):
-                blocks.append(Bottleneck(channels, 64 << stage, 2 if stage and not index else 1))
-                channels = 256 << stage
+                blocks.append(block(channels, 64 << stage, 2 if stage and not index else 1))
+                channels = (64 << stage) * block.expansion
         self.blocks = nn.Sequential(*blocks)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.head = nn.Linear(channels, CLASSES)
@@ -180,6 +204,12 @@ class Chain(nn.Module):
         for _ in range(CHAIN_OPERATIONS):
             x = torch.tanh(x)
         return x
+
+
+def _shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Module:
+    if stride == 1 and channels_in == channels_out:
+        return nn.Identity()
+    return nn.Sequential(nn.Conv2d(channels_in, channels_out, 1, stride, bias=False), nn.BatchNorm2d(channels_out))
 
 
 def _images(batch: int) -> tuple[Tensor, Tensor]:
@@ -226,7 +256,8 @@ MODELS = {
     "mlp": ModelSpec(_mlp, _vectors(WIDTH), 1024),
     "gpt2": ModelSpec(lambda: Transformer(gpt=True), _next_tokens, 4),
     "bert": ModelSpec(lambda: Transformer(gpt=False), _sentences, 4),
-    "resnet50": ModelSpec(ResNet50, _images, 8),
+    "resnet18": ModelSpec(lambda: ResNet(BasicBlock, (2, 2, 2, 2)), _images, 8),
+    "resnet50": ModelSpec(lambda: ResNet(Bottleneck, (3, 4, 6, 3)), _images, 8),
     "chain": ModelSpec(Chain, _vectors(CLASSES), 1),
 }
 

@@ -7,6 +7,7 @@ machine with the same versions. Weights, buffers, the batch and what the loss sa
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,13 +78,20 @@ def vit() -> tuple[nn.Module, Any, Step]:
     return model, images, lambda: model(pixel_values=images, labels=torch.arange(4)).loss
 
 
-def resnet50() -> tuple[nn.Module, Any, Step]:
-    model: nn.Module = workload("resnet50", 1).model
+def resnet(name: str) -> tuple[nn.Module, Any, Step]:
+    model = workload(name, 1).model
     images = torch.randn(4, 3, 128, 128)
     return model, images, lambda: F.cross_entropy(model(images), torch.arange(4))
 
 
-MODELS = {"ResNet-50": resnet50, "ViT": vit, "BERT": bert, "GPT-2": gpt2, "Llama": llama}
+MODELS = {
+    "ResNet-50": partial(resnet, "resnet50"),
+    "ResNet-18": partial(resnet, "resnet18"),
+    "ViT": vit,
+    "BERT": bert,
+    "GPT-2": gpt2,
+    "Llama": llama,
+}
 
 
 def ratio(model: nn.Module, inputs: Any, step: Step, autocast: bool, config: dict[str, Any]) -> tuple[int, float]:

@@ -58,7 +58,7 @@ class ActMemConfig:
         min_elements: Tensors with fewer elements than this stay as they are.
         adapt: Whether the bits of every site follow from what its rounding does to the gradient. ``None``: if
             ``noise``, ``budget`` or another ``method`` than ``"actmem"`` is given. With neither ``noise`` nor
-            ``budget`` as many bytes are stored as without adaptation.
+            ``budget``, ``bits`` is the average over what is stored.
         noise: Variance that rounding may add to the gradient, relative to the variance that the minibatch gradient has
             by itself (0.05: 5 %); with the fewest bytes. Given with ``budget``, the bytes keep the budget first.
         budget: Activation bytes to store at most: ``"4GiB"``, ``"800MB"``, ``"1000000"``; with the least variance.

@@ -176,8 +176,8 @@ class ActMemEngine:
     ) -> Replay:
         """Run forward and loss with everything stored as it is, for backward passes that round what they are told to.
 
-        Sites, sharing and derivation are as in a training step under the present `plan`; the engine's own figures and
-        its noise stay as they are.
+        Sites, sharing and derivation are as in a training step under the present `plan`, but that the input of a batch
+        norm is never stored behind a ReLU's sign; the engine's own figures and its noise stay as they are.
 
         Args:
             loss: Runs forward and loss on a part of a batch, and returns the loss.
@@ -324,7 +324,10 @@ def _codecs(config: ActMemConfig, derive: bool) -> Codecs:
     def general(bits: int) -> CodecSpec | None:
         if bits == LOSSLESS_BITS:
             return None
-        return CodecSpec(_codec(config.codec, bits), bits, config.group_size, config.rounding)
+        codec = _codec(config.codec, bits)
+        # Keeping the mean apart costs 2 bytes per group: at equal bytes a ResNet's gradient error at 1 bit is 13 %
+        # lower, a GPT's the same.
+        return CodecSpec(codec, bits, config.group_size, config.rounding, centre=codec == "rotated")
 
     # With any other code a ReLU would pass gradient where it must not. One bit would leave it its sign and no value.
     relu = CodecSpec("relu", max(config.bits, _RELU_MIN_BITS), config.group_size, config.rounding)
@@ -334,6 +337,8 @@ def _codecs(config: ActMemConfig, derive: bool) -> Codecs:
         attention=general(max(config.bits, config.attention_bits)) if derive else None,
         loss=general(max(config.bits, config.loss_bits)),
         smallest=True,
+        # Of a plan's codecs and of what has been measured none stands behind a sign.
+        signed=_signed(general(config.bits)) if derive and config.codec != "measured" and not config.adapts else None,
     )
 
 
@@ -349,3 +354,10 @@ def _chooser(config: ActMemConfig) -> CodecChooser | None:
         return None
     settings = (config.bits, config.attention_bits, config.loss_bits, config.group_size, config.rounding)
     return CodecChooser(settings, None if config.backend == "auto" else config.backend)
+
+
+def _signed(spec: CodecSpec | None) -> CodecSpec | None:
+    """Return the codec for the input of a batch norm behind a ReLU: with its sign 2 bits in all."""
+    if spec is None or spec.codec != "rotated" or spec.bits > _RELU_MIN_BITS:
+        return None
+    return CodecSpec("rotated", 1, spec.group_size, spec.rounding, centre=True)

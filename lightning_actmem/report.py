@@ -46,6 +46,8 @@ class StepReport:
         bytes_by_kind: For every kind of tensor ``(raw, saved)`` bytes over the step; ``weight``, ``buffer`` and
             ``input`` are alive anyway and not part of the other figures.
         rows: The per-layer table in the order of the forward pass.
+        waiting_bytes: Largest number of bytes held at one time, during the forward pass, by tensors whose code depends
+            on what follows. Not part of ``saved_bytes``: nothing waits any more when the forward pass is over.
     """
 
     saved_bytes: int
@@ -55,6 +57,7 @@ class StepReport:
     pack_ms: float | None
     bytes_by_kind: dict[str, tuple[int, int]]
     rows: tuple[LayerRow, ...]
+    waiting_bytes: int = 0
 
     @property
     def ratio(self) -> float:
@@ -103,6 +106,7 @@ def step_report(ledger: Ledger, *, table: bool = True) -> StepReport:
         pack_ms=ledger.pack_ns / 1e6 if ledger.packed_on_cpu else None,
         bytes_by_kind=_by_kind(ledger.sites.values()) if table else {},
         rows=tuple(_layer_rows(ledger.sites)) if table else (),
+        waiting_bytes=ledger.peak_waiting_bytes,
     )
 
 

@@ -25,7 +25,7 @@ _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "fixed": _GRID_DTYPES,
     "mask": (torch.bool,),
     "two_valued": (*_GRID_DTYPES, torch.float64),
-    "integer": (torch.int16, torch.int32, torch.int64),
+    "integer": (torch.uint8, torch.int16, torch.int32, torch.int64),
 }
 _GRID_ENCODE = {"uniform": ops.uniform_encode, "relu": ops.relu_encode, "bfp": ops.bfp_encode}
 _GRID_DECODE = {"uniform": ops.uniform_decode, "relu": ops.relu_decode, "bfp": ops.bfp_decode}
@@ -114,7 +114,7 @@ def decode(
     if spec.codec == "identity":
         return stored.clone()
     if spec.codec == "integer":
-        return ops.integer_decode(stored, spec.bits, dtype)
+        return ops.integer_decode(stored, spec.bits, dtype, numel)
     engine = resolve_backend(backend, stored.device)
     if spec.codec == "mask":
         return ops.mask_decode(stored, numel, engine)

@@ -188,11 +188,12 @@ def _mask_decode_fake(packed: Tensor, numel: int, backend: str) -> Tensor:
 
 
 def _integer_encode_fake(flat: Tensor, bits: int) -> Tensor:
-    return flat.new_empty((flat.numel(),), dtype=integer.STORAGE[bits])
+    numel = -(-flat.numel() // 2) if bits == 4 else flat.numel()
+    return flat.new_empty((numel,), dtype=integer.STORAGE[bits])
 
 
-def _integer_decode_fake(narrow: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    return narrow.new_empty((narrow.numel(),), dtype=dtype)
+def _integer_decode_fake(narrow: Tensor, bits: int, dtype: torch.dtype, numel: int) -> Tensor:
+    return narrow.new_empty((numel,), dtype=dtype)
 
 
 uniform_encode = _register("uniform_encode", _GRID_ENCODE, _grid_encode("uniform"), _grid_encode_fake(torch.int32))
@@ -245,5 +246,8 @@ mask_decode = _register(
 # One dtype cast each way, which PyTorch runs as one kernel: there is nothing for Triton to add.
 integer_encode = _register("integer_encode", "(Tensor flat, int bits) -> Tensor", integer.encode, _integer_encode_fake)
 integer_decode = _register(
-    "integer_decode", "(Tensor narrow, int bits, ScalarType dtype) -> Tensor", integer.decode, _integer_decode_fake
+    "integer_decode",
+    "(Tensor narrow, int bits, ScalarType dtype, SymInt numel) -> Tensor",
+    integer.decode,
+    _integer_decode_fake,
 )

@@ -18,7 +18,7 @@ WIDTHS: dict[str, tuple[int, ...]] = {
     "fixed": (1, 2, 3, 4, 8),
     "mask": (1,),
     "two_valued": (1,),
-    "integer": (8, 16, 32),
+    "integer": (4, 8, 16, 32),
 }
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 ROUNDINGS = ("dither", "stochastic", "nearest")
@@ -45,8 +45,8 @@ class CodecSpec:
             (float8 under one power of two per group), `mask` (bool), `two_valued` (float in {0, s}), `integer`
             (lossless narrowing) or `identity` (a copy).
         bits: Bits per element. uniform and fixed: 1, 2, 3, 4, 8; rotated: 1, 2, 3, 4; relu and bfp: 2, 3, 4, 8;
-            integer: 8, 16, 32. The other codecs have one width (identity 32, fp8 8, mask and two_valued 1) and set it
-            whatever is given.
+            integer: 4, 8, 16, 32. The other codecs have one width (identity 32, fp8 8, mask and two_valued 1) and set
+            it whatever is given.
         group_size: Elements that share a grid (uniform, relu), a rotation (rotated) or an exponent (bfp, fp8): a power
             of two from 32 to 1024.
         rounding: How uniform, relu, fixed and bfp round. With u uniform in (0, 1) and v the position on the grid,
@@ -131,6 +131,6 @@ class CodecSpec:
             "fixed": groups * code_bytes,
             "mask": -(-numel // 8),
             "two_valued": -(-numel // 8) + dtype.itemsize,
-            "integer": numel * self.bits // 8,
+            "integer": -(-numel * self.bits // 8),
         }
         return stored[self.codec]

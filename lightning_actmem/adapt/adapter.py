@@ -28,6 +28,8 @@ Plan = Mapping[Site, CodecSpec | None]
 # Two parts of a batch tell the gradient's own variance within some 25 % only, while what rounding adds to it is known
 # better: so the former is averaged over more adaptations, and in logarithms, lest the steep start of a training lasts.
 _VARIANCE_DECAY = 0.7
+# From batch to batch the noise of one plan differs by some 20 %: what a budget allows is to hold for all of them.
+_MARGIN = 0.8
 _FIXED_PASSES = 2  # per sub-batch: the exact gradient, and the whole plan at once
 
 
@@ -255,10 +257,10 @@ class Adapter:
         return least_variance(options, limit_bytes)
 
     def _allowed_noise(self, noise: float) -> float:
-        """Allow less where more has been measured than predicted."""
+        """Allow less than the budget, and less still where more has been measured than predicted."""
         if not self.measured_noise or not self.expected_noise:
-            return noise
-        return noise * min(1.0, self.expected_noise / self.measured_noise)
+            return _MARGIN * noise
+        return _MARGIN * noise * min(1.0, self.expected_noise / self.measured_noise)
 
     def _choices(self, site: Site, use: SiteUse) -> list[Choice]:
         # What stands in for an operation's own tensors is encoded in any case.

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, UntypedStorage, nn
 
 from . import operation as ops
+from .batch_norm import batch_norm_recipe, given_to_batch_norm
 from .borrowed import Borrowed
 from .derived import Derived
 from .geometry import Geometry
@@ -37,7 +37,6 @@ _SMALL_FACTOR = 32
 # A mask that all heads, and mostly all layers, have in common.
 _MASK_FACTOR = 2
 _MASKED = frozenset("add masked_fill where".split())
-_BATCH_NORM_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
 
 class Note:
@@ -193,8 +192,8 @@ class Deriver:
             return None
         if note.operation in ops.DROPOUTS:
             return _dropout_recipe(note, inputs, note.autocast)
-        if note.operation == "batch_norm" and _given_to_batch_norm(note).get("training"):
-            return _batch_norm_recipe(note, inputs, note.autocast)
+        if note.operation == "batch_norm" and given_to_batch_norm(note).get("training"):
+            return batch_norm_recipe(note, inputs, note.autocast)
         product = note.operation in _MATRIX_PRODUCTS
         if product and any(is_weight(tensor) or self._borrowed.owns(tensor) for tensor in note.tensors):
             return None  # a layer's own product is not cheap
@@ -251,32 +250,3 @@ def _dropout_recipe(note: Note, inputs: tuple[Source, ...], autocast: Autocast) 
 
 def _masked(x: Tensor, mask: Tensor, keep: float) -> Tensor:
     return x * mask if keep == 1.0 else x * mask / keep
-
-
-def _given_to_batch_norm(note: Note) -> dict[str, Any]:
-    if note.function is not F.batch_norm:
-        return {}  # torch.batch_norm has another order of arguments
-    return {**dict(zip(_BATCH_NORM_ARGUMENTS, note.arguments, strict=False)), **note.keywords}
-
-
-def _batch_norm_recipe(note: Note, inputs: tuple[Source, ...], autocast: Autocast) -> _Built | None:
-    """Normalise by the statistics of the forward pass, which the operation has saved."""
-    given = _given_to_batch_norm(note)
-    statistics = [handle for tensor, handle in note.saved if tensor.is_floating_point() and tensor.dim() == 1]
-    affine = [given[name] for name in ("weight", "bias") if given.get(name) is not None]
-    if len(statistics) < 2 or len(affine) == 1:
-        return None
-    sources = [value for tensor, value in zip(note.tensors, inputs, strict=True) if any(tensor is w for w in affine)]
-    slots = tuple(Slot(number) for number in range(3 + len(sources)))
-    if len(sources) != len(affine):
-        return None
-    return Recipe(_normalised, slots, {}, autocast), (inputs[0], *statistics[:2], *sources)
-
-
-def _normalised(
-    x: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
-    scale = inverse_deviation if weight is None else inverse_deviation * weight
-    shift = -mean * scale if bias is None else bias - mean * scale
-    shape = (1, -1, *[1] * (x.dim() - 2))
-    return torch.addcmul(shift.view(shape).to(x.dtype), x, scale.view(shape).to(x.dtype))

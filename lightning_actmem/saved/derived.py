@@ -26,16 +26,16 @@ class Derived:
     __slots__ = (
         "__weakref__",
         "_dtype",
-        "_handles",
-        "_recipe",
-        "_size",
         "_stride",
         "bits",
         "cache",
         "charge",
         "depth",
+        "handles",
         "mask",
         "numel",
+        "recipe",
+        "size",
         "uses",
     )
 
@@ -48,9 +48,9 @@ class Derived:
         dtype: torch.dtype,
         cache: DecodeCache,
     ) -> None:
-        self._recipe = recipe
-        self._handles = handles
-        self._size = size
+        self.recipe = recipe
+        self.handles = handles
+        self.size = size
         self._stride = stride
         self._dtype = dtype
         self.uses = 0
@@ -58,14 +58,14 @@ class Derived:
         self.mask: Handle | None = None  # the exact sign of a ReLU's output
         self.charge: Charge | None = None  # what plain autograd would keep alive instead
         self.numel = torch.Size(size).numel()
-        self.depth = 1 + sum(handle.depth for handle in handles)
+        self.depth = recipe.steps + sum(handle.depth for handle in handles)
         self.bits = min([DERIVED_BITS, *(handle.bits for handle in handles)])
 
     def _restore_inputs(self) -> list[Tensor]:
         """Restore the deepest first: nothing else is then held while its own chain runs."""
-        order = sorted(range(len(self._handles)), key=lambda number: -self._handles[number].depth)
-        restored = {number: self._handles[number].restore() for number in order}
-        return [restored[number] for number in range(len(self._handles))]
+        order = sorted(range(len(self.handles)), key=lambda number: -self.handles[number].depth)
+        restored = {number: self.handles[number].restore() for number in order}
+        return [restored[number] for number in range(len(self.handles))]
 
     def decode(self) -> Tensor:
         """Return the segment, 1-D in memory order; the same values every time."""
@@ -75,12 +75,11 @@ class Derived:
                 "a tensor is to be computed again from a weight whose memory is not there at the moment (FSDP has "
                 "resharded it). Set derive=False, or shard norm layers together with the layers that use their output."
             )
-        result = self._recipe.run(tensors)
+        # The ReLU of a rounded input would be biased upwards; where the exact sign is known, no ReLU is needed.
+        sign = None if self.mask is None else self.mask.restore()
+        result = self.recipe.run(tensors) if sign is None else torch.where(sign, tensors[0], 0.0)
         del tensors
-        if self.mask is not None:
-            # The derivative of a ReLU is the sign of its output, which must not hang on how its input was rounded.
-            result = result.clamp(min=torch.finfo(result.dtype).tiny).mul_(self.mask.restore())
         if result.stride() != self._stride or result.dtype != self._dtype:
-            like = torch.empty_strided(self._size, self._stride, dtype=self._dtype, device=result.device)
+            like = torch.empty_strided(self.size, self._stride, dtype=self._dtype, device=result.device)
             result = like.copy_(result)
         return result.detach().as_strided((self.numel,), (1,), 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 from weakref import ReferenceType, ref
 
 import torch
@@ -13,6 +13,9 @@ from lightning_actmem_kernels import CodecSpec, Layout, decode
 
 from .geometry import Geometry
 from .ledger import Charge
+
+if TYPE_CHECKING:
+    from .window import Window
 
 #: Quality of what comes back exactly, and of what is computed again from that: exact but for the order of additions.
 EXACT_BITS = 32
@@ -45,6 +48,11 @@ class Kept:
         self._version = self._tensor._version if versioned else None
         self._charges = charges
 
+    @property
+    def is_modified(self) -> bool:
+        """Whether the tensor has been modified in place since it was saved."""
+        return self._version is not None and self._tensor._version != self._version
+
     def restore(self) -> Tensor:
         """Return the tensor.
 
@@ -52,7 +60,7 @@ class Kept:
             RuntimeError: If it has been modified in place since it was saved.
         """
         tensor = self._tensor
-        if self._version is not None and tensor._version != self._version:
+        if self.is_modified:
             raise RuntimeError(
                 _MODIFIED.format(type=tensor.type(), shape=list(tensor.shape), now=tensor._version, then=self._version)
             )
@@ -186,18 +194,28 @@ class Stand:
         like: The tensor: its shape, dtype and device.
         low: What it is where the mask is off, and everywhere without a mask.
         high: What it is where the mask is on.
+        mask: The mask, if it is stored already.
+        behind: What other readers of the tensor get, as long as this handle lives.
     """
 
-    __slots__ = ("__weakref__", "_high", "_like", "_low", "charge", "mask")
+    __slots__ = ("__weakref__", "_behind", "_high", "_like", "_low", "charge", "mask")
 
     depth = 0
     bits = 0  # never a substitute for another tensor
 
-    def __init__(self, like: Tensor, low: float = 0.0, high: float = 0.0) -> None:
+    def __init__(
+        self,
+        like: Tensor,
+        low: float = 0.0,
+        high: float = 0.0,
+        mask: Handle | None = None,
+        behind: AnyPayload | None = None,
+    ) -> None:
         self._like = torch.Size(like.shape), like.dtype, like.device
         self._low = low
         self._high = high
-        self.mask: Handle | None = None
+        self._behind = behind
+        self.mask = mask
         self.charge: Charge | None = None
 
     def restore(self) -> Tensor:
@@ -230,7 +248,32 @@ class Reshaped:
         return self._handle.restore().reshape(self._size)
 
 
-Handle = Kept | Packed | PackedCompact | Stand | Reshaped
+class PoolIndices:
+    """The indices of a max pool, stored as positions in their windows.
+
+    Args:
+        like: The indices.
+        window: The pool.
+    """
+
+    __slots__ = ("__weakref__", "_dtype", "_window", "charge", "mask")
+
+    depth = 0
+    bits = 0  # never a substitute for another tensor
+
+    def __init__(self, like: Tensor, window: Window) -> None:
+        self._dtype = like.dtype
+        self._window = window
+        self.mask: Handle | None = None  # the positions
+        self.charge: Charge | None = None
+
+    def restore(self) -> Tensor:
+        """Return the indices: same values, shape, strides and device as those that were saved."""
+        assert self.mask is not None, "set when it is placed"
+        return self._window.indices(self.mask.restore(), self._dtype)
+
+
+Handle = Kept | Packed | PackedCompact | Stand | Reshaped | PoolIndices
 
 
 class AnyPayload(Protocol):
@@ -287,9 +330,13 @@ class DecodeCache:
             _, segment, version, stream = entry
             if segment._version == version and stream == _stream(segment):  # unchanged, and ready for who asks
                 return segment
+        known = set(self._segments)
         segment = payload.decode()
         if payload.uses < (_USES_OF_DERIVED if payload.depth else _USES_OF_STORED):
             return segment
+        if payload.depth:  # the earlier parts of its chain will be asked for only when it is no longer needed
+            for inner in self._segments.keys() - known:
+                self._segments.pop(inner, None)
         forget = ref(payload, lambda _: self._segments.pop(number, None))
         self._segments[number] = forget, segment, segment._version, _stream(segment)
         while len(self._segments) > self._capacity:

@@ -9,7 +9,7 @@ from .borrowed import Borrowed
 from .deferred import Deferred
 from .derive import SAVES_OUTPUT, Deriver
 from .geometry import Geometry
-from .handle import EXACT_BITS, Handle, Stand
+from .handle import EXACT_BITS, Handle, PoolIndices, Stand
 from .identify import Identifier, Verdict, is_weight
 from .ledger import BORROWED
 from .operation import MATMUL, OperationTracker
@@ -101,6 +101,10 @@ class SavedTensorHooks:
             stand = Stand(tensor, *verdict.levels)
             self._store.place(stand, tensor, entry, verdict, "nothing" if verdict.bit is None else "mask-1")
             return stand
+        if verdict.window is not None:
+            indices = PoolIndices(tensor, verdict.window)
+            self._store.place(indices, tensor, entry, verdict, "window-4")
+            return indices
         if verdict.versioned:
             handle = entry.find(Geometry.of(tensor), verdict.least_bits)
             if handle is not None:
@@ -121,6 +125,8 @@ class SavedTensorHooks:
         handle = None if derived is None else entry.find(Geometry.of(tensor), verdict.least_bits)
         if derived is not None and handle is not None:
             self._store.place(derived, tensor, entry, verdict, "derived")
+            if derived.mask is not None:  # all that a ReLU reads of its output
+                return Stand(tensor, 0.0, 1.0, derived.mask, derived)
         return handle
 
     def _copy(self, tensor: Tensor) -> Handle:

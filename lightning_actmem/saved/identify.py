@@ -20,11 +20,13 @@ from .handle import DERIVED_BITS, EXACT_BITS
 from .operation import OperationTracker
 from .reduced import UNREAD, UNREAD_DEVICES, is_piecewise, one_bit
 from .scope import Frame
+from .window import Window, window_of
 
 FLOATS = frozenset([torch.float32, torch.bfloat16, torch.float16])
 _INDICES = frozenset([torch.int64, torch.int32])
 MASK = CodecSpec("mask", bits=1)
 TWO_VALUED = CodecSpec("two_valued", bits=1)
+POSITIONS = CodecSpec("integer", bits=4)
 
 # A tensor this many times smaller than the operation's largest argument is a statistic or a broadcast factor: its
 # error would be multiplied over a whole row, and its bytes are few.
@@ -50,6 +52,7 @@ class Codecs:
         attention: For what attention multiplies: queries, keys, values, probabilities.
         loss: For what a loss saves.
         smallest: Whether to store of a tensor no more than its backward reads.
+        signed: For the input of a batch norm that a ReLU follows, whose sign is stored too; ``None`` for no other code.
     """
 
     general: CodecSpec | None
@@ -57,6 +60,7 @@ class Codecs:
     attention: CodecSpec | None = None
     loss: CodecSpec | None = None
     smallest: bool = False
+    signed: CodecSpec | None = None
 
     @property
     def copies(self) -> bool:
@@ -79,6 +83,8 @@ class Verdict(NamedTuple):
         levels: The two values that a stand-in takes, for a tensor of which backward reads one bit or nothing.
         bit: That bit, as a function of the tensor; with ``levels`` absent, the exact sign to keep beside a derivation.
         declared: What a replacement says of a tensor that it has made.
+        signed: The codec for when a ReLU's sign, stored too, turns out to help (see `signed`).
+        window: The max pool whose indices these are, if they fit in 4 bits; ``bit`` then gives the positions.
     """
 
     operation: str
@@ -92,6 +98,8 @@ class Verdict(NamedTuple):
     levels: tuple[float, float] | None = None
     bit: Callable[[Tensor], Tensor] | None = None
     declared: Declared | None = None
+    signed: CodecSpec | None = None
+    window: Window | None = None
 
 
 class Identifier:
@@ -147,7 +155,7 @@ class Identifier:
         if tensor.dtype == torch.bool:
             return Verdict(operation, role, "packed", MASK)
         if tensor.dtype not in FLOATS:
-            return Verdict(operation, role, *_index(tensor, operation, self._call, source))
+            return self._index(tensor, operation, role, source)
         return self._float(tensor, operation, role, source, frame)
 
     def keeps(self, operation: str, frame: Frame) -> bool:
@@ -170,6 +178,14 @@ class Identifier:
             return found._replace(kind="exact", derivable=not declared.own, least_bits=DERIVED_BITS)
         spec = _of_derivatives(spec, declared.bounds)
         return found._replace(spec=spec, derivable=not declared.own, least_bits=1)
+
+    def _index(self, tensor: Tensor, operation: str, role: str, source: Tensor | None) -> Verdict:
+        call = self._call
+        if source is None and tensor.dtype in _INDICES:
+            window = window_of(operation, call.arguments, call.keywords, tensor.device.type)
+            if window is not None:
+                return Verdict(operation, role, "packed", POSITIONS, window=window, bit=window.positions)
+        return Verdict(operation, role, *_index(tensor, operation, call, source))
 
     def _float(self, tensor: Tensor, operation: str, role: str, source: Tensor | None, frame: Frame) -> Verdict:
         codecs = self._codecs
@@ -234,7 +250,9 @@ class Identifier:
         kind, least_bits = ("exact", DERIVED_BITS) if codecs.general is None else ("packed", 1)
         verdict = Verdict(operation, role, kind, codecs.general, derivable=True, least_bits=least_bits)
         if operation in ops.RELU:
-            return verdict._replace(spec=codecs.relu, is_output=True, bit=_is_positive)
+            return verdict._replace(spec=codecs.relu, is_output=True, bit=_is_on)
+        if operation == "batch_norm" and role == "input":
+            return verdict._replace(signed=codecs.signed)
         return verdict._replace(is_output=role == "result")
 
     def _is_excluded(self, layer: str, operation: str) -> bool:
@@ -265,8 +283,8 @@ def _bits(spec: CodecSpec | None) -> int:
     return EXACT_BITS if spec is None else spec.bits
 
 
-def _is_positive(output: Tensor) -> Tensor:
-    return output > 0
+def _is_on(output: Tensor) -> Tensor:
+    return output != 0  # NaN passes gradient, as in plain autograd
 
 
 def is_weight(tensor: Tensor) -> bool:

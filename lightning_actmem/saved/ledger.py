@@ -14,17 +14,18 @@ BORROWED = frozenset({"weight", "buffer", "input"})
 class Charge:
     """Bytes that live as long as this object does."""
 
-    __slots__ = ("__weakref__", "_ledger", "raw_bytes", "saved_bytes")
+    __slots__ = ("__weakref__", "_ledger", "raw_bytes", "saved_bytes", "waiting_bytes")
 
-    def __init__(self, ledger: Ledger, saved_bytes: int = 0, raw_bytes: int = 0) -> None:
+    def __init__(self, ledger: Ledger, saved_bytes: int = 0, raw_bytes: int = 0, waiting_bytes: int = 0) -> None:
         self.saved_bytes = saved_bytes
         self.raw_bytes = raw_bytes
+        self.waiting_bytes = waiting_bytes
         self._ledger = ledger
-        ledger._add(saved_bytes, raw_bytes)
+        ledger._add(saved_bytes, raw_bytes, waiting_bytes)
 
     def __del__(self) -> None:
         # A deque's append is atomic: this may run in autograd's threads, or in the garbage collector at any point.
-        self._ledger._released.append((self.saved_bytes, self.raw_bytes))
+        self._ledger._released.append((self.saved_bytes, self.raw_bytes, self.waiting_bytes))
 
 
 @dataclass
@@ -57,6 +58,8 @@ class Ledger:
         live_raw_bytes: Bytes that plain autograd would keep alive now for the same graph.
         peak_saved_bytes: The largest ``live_saved_bytes`` since the step began.
         peak_raw_bytes: The largest ``live_raw_bytes`` since the step began.
+        live_waiting_bytes: Bytes of tensors that wait for their code now (see `Undecided`).
+        peak_waiting_bytes: The largest ``live_waiting_bytes`` since the step began.
         pack_ns: Host time spent in encoding on the CPU since the step began, in nanoseconds.
         packed_on_cpu: Whether ``pack_ns`` covers everything packed in the step (device work would need a
             synchronisation to be timed).
@@ -67,16 +70,19 @@ class Ledger:
     live_raw_bytes: int = 0
     peak_saved_bytes: int = 0
     peak_raw_bytes: int = 0
+    live_waiting_bytes: int = 0
+    peak_waiting_bytes: int = 0
     pack_ns: int = 0
     packed_on_cpu: bool = True
     sites: dict[Site, SiteBytes] = field(default_factory=dict)
-    _released: deque[tuple[int, int]] = field(default_factory=deque)
+    _released: deque[tuple[int, int, int]] = field(default_factory=deque)
 
     def start_step(self) -> None:
         """Begin a new step: peaks start from what is alive, sites from nothing."""
         self.settle()
         self.peak_saved_bytes = self.live_saved_bytes
         self.peak_raw_bytes = self.live_raw_bytes
+        self.peak_waiting_bytes = self.live_waiting_bytes
         self.pack_ns = 0
         self.packed_on_cpu = True
         self.sites = {}
@@ -84,12 +90,13 @@ class Ledger:
     def settle(self) -> None:
         """Bring the live figures up to date with what has died."""
         while self._released:
-            saved_bytes, raw_bytes = self._released.popleft()
+            saved_bytes, raw_bytes, waiting_bytes = self._released.popleft()
             self.live_saved_bytes -= saved_bytes
             self.live_raw_bytes -= raw_bytes
+            self.live_waiting_bytes -= waiting_bytes
 
-    def record(self, site: Site, kind: str, codec: str, raw_bytes: int, saved_bytes: int, elements: int) -> None:
-        """Book one saved tensor on its site."""
+    def record(self, site: Site, kind: str, codec: str, raw_bytes: int, saved_bytes: int, elements: int) -> SiteBytes:
+        """Book one saved tensor on its site and return the site's row."""
         row = self.sites.get(site)
         if row is None:
             row = self.sites[site] = SiteBytes(kind, codec)
@@ -97,12 +104,16 @@ class Ledger:
         row.raw_bytes += raw_bytes
         row.saved_bytes += saved_bytes
         row.elements += elements
+        return row
 
-    def _add(self, saved_bytes: int, raw_bytes: int) -> None:
+    def _add(self, saved_bytes: int, raw_bytes: int, waiting_bytes: int) -> None:
         if self._released:
             self.settle()
         self.live_saved_bytes += saved_bytes
         self.live_raw_bytes += raw_bytes
+        self.live_waiting_bytes += waiting_bytes
+        if self.live_waiting_bytes > self.peak_waiting_bytes:
+            self.peak_waiting_bytes = self.live_waiting_bytes
         if self.live_saved_bytes > self.peak_saved_bytes:
             self.peak_saved_bytes = self.live_saved_bytes
         if self.live_raw_bytes > self.peak_raw_bytes:

@@ -63,6 +63,7 @@ class Recipe(NamedTuple):
         autocast: The autocast state it ran under.
         inplace: Whether it changes its first argument.
         product: Whether it multiplies matrices, which is not cheap: run again for attention only.
+        steps: What it adds to the length of a chain.
     """
 
     function: Callable[..., Any]
@@ -71,6 +72,7 @@ class Recipe(NamedTuple):
     autocast: Autocast
     inplace: bool = False
     product: bool = False
+    steps: int = 1
 
     def run(self, tensors: list[Tensor]) -> Tensor:
         """Run the operation on these tensors, without gradient and unseen by torch-function modes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from time import perf_counter_ns
@@ -12,17 +12,19 @@ from torch import Tensor, UntypedStorage
 
 from lightning_actmem_kernels import CodecSpec, Layout, encode
 
+from .batch_norm import signs_behind
 from .declared import Declared
 from .deferred import Deferrals, Deferred
 from .derived import Derived
 from .geometry import Geometry
-from .handle import DecodeCache, Handle, Kept, Packed, Payload, Stand
-from .identify import MASK, Verdict
-from .ledger import Charge, Ledger
+from .handle import DecodeCache, Handle, Kept, Packed, Payload, PoolIndices, Stand
+from .identify import MASK, POSITIONS, Verdict
+from .ledger import Charge, Ledger, SiteBytes
 from .probe import Watch
 from .scope import LayerScope
 from .share import SharedStorages, StoredStorage
 from .site import Site, SiteTable
+from .undecided import Undecided, Waiting
 
 IDENTITY = CodecSpec("identity")
 # A view by reference keeps its whole storage alive; from this many times its own size on, it is copied instead.
@@ -51,6 +53,7 @@ class Store:
         #: Who wants to know of the tensors that a plan may speak of.
         self.watch: Watch | None = None
         self._borrowed_seen: set[int] = set()
+        self._waiting = Waiting()
         self._noise = 0
 
     def start_step(self, noise: int) -> None:
@@ -64,6 +67,7 @@ class Store:
     def end_step(self) -> None:
         """Let go of everything that belongs to the step; handles live on with autograd's graph."""
         self.deferred.settle(everything=True)
+        self._waiting.settle()
         self.shared.clear()
 
     def share(self, handle: Handle, verdict: Verdict) -> Handle:
@@ -105,6 +109,9 @@ class Store:
             spec = IDENTITY
         if layout is None or spec is None or _is_no_smaller(spec, layout, tensor, storage):
             return self._keep(tensor, entry, verdict, site)
+        fills_storage = layout.dense and storage.nbytes() == tensor.nbytes
+        if verdict.signed is not None and site not in self.plan and fills_storage:
+            return self._wait_for_relu(tensor, entry, verdict, site, (spec, verdict.signed), layout)
         return self._encode(tensor, entry, verdict, site, spec, layout)
 
     def put_declared(self, tensor: Tensor, verdict: Verdict, declared: Declared) -> Kept | Deferred:
@@ -142,7 +149,7 @@ class Store:
             entry = self.shared[tensor.untyped_storage()]
             if given is not None:
                 return entry.add(Geometry.of(tensor), layout, given)
-            payload, saved_bytes = self._payload(tensor, spec, layout, site, None)
+            payload, saved_bytes = self._payload(site, tensor.dtype, None)(layout.flatten(tensor), spec)
         self._ledger.sites[site].saved_bytes += saved_bytes
         return entry.add(Geometry.of(tensor), layout, payload)
 
@@ -175,24 +182,28 @@ class Store:
         return handle
 
     def mask(self, mask: Tensor, site: Site) -> tuple[Handle, int]:
-        """Store a mask made for the occasion, and return its handle and bytes: nobody else holds its memory."""
+        """Store a mask or positions made for the occasion, which nobody else holds, and return handle and bytes."""
         layout = Layout.of(mask)
-        assert layout is not None, "a fresh comparison is dense"
-        payload, saved_bytes = self._payload(mask, MASK, layout, site, None)
+        assert layout is not None, "a fresh result is dense"
+        spec = MASK if mask.dtype == torch.bool else POSITIONS
+        payload, saved_bytes = self._payload(site, mask.dtype, None)(layout.flatten(mask), spec)
         return Packed(payload, tuple(mask.shape), mask.stride(), 0), saved_bytes
 
     def place(
-        self, handle: Derived | Stand, tensor: Tensor, entry: StoredStorage, verdict: Verdict, codec: str
+        self, handle: Derived | Stand | PoolIndices, tensor: Tensor, entry: StoredStorage, verdict: Verdict, codec: str
     ) -> None:
         """Book a tensor that something else stands for; plain autograd would keep it alive all the same.
 
-        A ReLU's derived output gets its exact sign here.
+        A ReLU's derived output gets its exact sign here, which then helps to store what it is derived from.
         """
         raw, raw_bytes = self._raw_charge(tensor.untyped_storage(), entry)
         site, saved_bytes = self.site(verdict), 0
         if verdict.bit is not None:
             handle.mask, saved_bytes = self.mask(verdict.bit(tensor), site)
         handle.charge = raw
+        if isinstance(handle, Derived):
+            for undecided, sign in signs_behind(handle):
+                undecided.settle(sign)
         self._ledger.record(site, verdict.kind, codec, raw_bytes, saved_bytes, raw_bytes // tensor.element_size())
 
     def _encode(
@@ -201,23 +212,47 @@ class Store:
         raw, raw_bytes = None, 0
         if verdict.kind != "copy":  # made for a recipe: plain autograd would not keep it
             raw, raw_bytes = self._raw_charge(tensor.untyped_storage(), entry)
-        payload, saved_bytes = self._payload(tensor, spec, layout, site, raw)
-        self._ledger.record(
-            site, verdict.kind, _label(spec), raw_bytes, saved_bytes, raw_bytes // tensor.element_size()
-        )
+        payload, saved_bytes = self._payload(site, tensor.dtype, raw)(layout.flatten(tensor), spec)
+        elements = raw_bytes // tensor.element_size()
+        self._ledger.record(site, verdict.kind, _label(spec), raw_bytes, saved_bytes, elements)
         return entry.add(Geometry.of(tensor), layout, payload)
 
+    def _wait_for_relu(
+        self,
+        tensor: Tensor,
+        entry: StoredStorage,
+        verdict: Verdict,
+        site: Site,
+        specs: tuple[CodecSpec, CodecSpec],
+        layout: Layout,
+    ) -> Handle:
+        """Keep a tensor for a while: until it is known whether a ReLU's sign helps to store it."""
+        raw, raw_bytes = self._raw_charge(tensor.untyped_storage(), entry)
+        encode = self._payload(site, tensor.dtype, raw)
+        held = Charge(self._ledger, waiting_bytes=tensor.nbytes)
+        row = self._ledger.record(
+            site, verdict.kind, _label(specs[0]), raw_bytes, 0, raw_bytes // tensor.element_size()
+        )
+        undecided = Undecided(tensor, layout, specs, encode, partial(_enter, row), held, self.cache)
+        self._waiting.add(undecided)
+        return entry.add(Geometry.of(tensor), layout, undecided)
+
     def _payload(
-        self, tensor: Tensor, spec: CodecSpec, layout: Layout, site: Site, raw: Charge | None
+        self, site: Site, dtype: torch.dtype, raw: Charge | None
+    ) -> Callable[[Tensor, CodecSpec], tuple[Payload, int]]:
+        """Return what encodes a flat segment of a site, and its bytes: now or later, with the same noise."""
+        return partial(self._encode_flat, self._sites.noise_key(site, self._noise), dtype, raw)
+
+    def _encode_flat(
+        self, key: int, dtype: torch.dtype, raw: Charge | None, flat: Tensor, spec: CodecSpec
     ) -> tuple[Payload, int]:
-        key = self._sites.noise_key(site, self._noise)
         start_ns = perf_counter_ns()
-        tensors = encode(layout.flatten(tensor), spec, key=key, backend=self._backend)
+        tensors = encode(flat, spec, key=key, backend=self._backend)
         self._ledger.pack_ns += perf_counter_ns() - start_ns
-        self._ledger.packed_on_cpu &= tensor.device.type == "cpu"
-        saved_bytes = spec.stored_bytes(layout.numel, tensor.dtype)
+        self._ledger.packed_on_cpu &= flat.device.type == "cpu"
+        saved_bytes = spec.stored_bytes(flat.numel(), dtype)
         charges = Charge(self._ledger, saved_bytes=saved_bytes), raw
-        return Payload(tensors, spec, layout.numel, tensor.dtype, key, self._backend, self.cache, charges), saved_bytes
+        return Payload(tensors, spec, flat.numel(), dtype, key, self._backend, self.cache, charges), saved_bytes
 
     def _raw_charge(self, storage: UntypedStorage, entry: StoredStorage) -> tuple[Charge, int]:
         charge = entry.raw_charge()
@@ -237,9 +272,14 @@ class Store:
         self._ledger.record(self.site(verdict), verdict.kind, codec, raw_bytes, saved_bytes, elements)
 
 
+def _is_no_smaller(spec: CodecSpec, layout: Layout, tensor: Tensor, storage: UntypedStorage) -> bool:
+    return spec != IDENTITY and spec.stored_bytes(layout.numel, tensor.dtype) >= storage.nbytes()
+
+
 def _label(spec: CodecSpec) -> str:
     return "exact" if spec.codec == "identity" else f"{spec.codec}-{spec.bits}"
 
 
-def _is_no_smaller(spec: CodecSpec, layout: Layout, tensor: Tensor, storage: UntypedStorage) -> bool:
-    return spec != IDENTITY and spec.stored_bytes(layout.numel, tensor.dtype) >= storage.nbytes()
+def _enter(row: SiteBytes, spec: CodecSpec, saved_bytes: int) -> None:
+    row.codec = _label(spec)
+    row.saved_bytes += saved_bytes

@@ -129,7 +129,9 @@ def test_changes_say_why() -> None:
     training = Training(bits=2, adapt=True)
     sure(training)
     for change in training.adapter.allocate():
-        assert change.before == CodecSpec("rotated", 2) != change.after == training.engine.plan[change.site]
+        assert (
+            change.before == CodecSpec("rotated", 2, centre=True) != change.after == training.engine.plan[change.site]
+        )
         assert (change.noise_after < change.noise_before) == (change.bytes_after > change.bytes_before)
         assert str(change).startswith(f"{change.site}: rotated-2 -> ")
 

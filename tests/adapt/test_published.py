@@ -13,7 +13,7 @@ from tests import models
 
 
 def adapted(method: str, model: nn.Module, x: Tensor, **config: object) -> ActMemEngine:
-    engine = ActMemEngine(method=method, bits=2, **config)  # type: ignore[arg-type]
+    engine = ActMemEngine(method=method, bits=3, **config)  # type: ignore[arg-type]
     assert engine.adapter is not None
     parts = x.chunk(2)
     closures = [lambda part=part: F.cross_entropy(model(part), torch.arange(len(part)) % 10) for part in parts]

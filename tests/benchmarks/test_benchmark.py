@@ -14,7 +14,7 @@ from benchmarks.methods import ActMem, Checkpoint, Method, SaveOnCpu, all_method
 from benchmarks.models import CHAIN_OPERATIONS, CLASSES, MODELS, workload
 from benchmarks.results import COLUMNS, append
 
-BATCHES = {"mlp": 256, "gpt2": 1, "bert": 1, "resnet50": 2, "chain": 1}
+BATCHES = {"mlp": 256, "gpt2": 1, "bert": 1, "resnet18": 2, "resnet50": 2, "chain": 1}
 LOSS_BYTES_PER_SAMPLE = 4 * CLASSES  # the log-softmax
 TOTAL_WEIGHT_BYTES = 4
 

@@ -59,6 +59,7 @@ def test_the_mean_of_a_group_takes_two_bytes(task: Task) -> None:
     groups = 256 * 64 // 256
     assert (centred.stored_bytes - plain.stored_bytes) % (2 * groups) == 0
     assert centred.stored_bytes > plain.stored_bytes
+    assert of(task, "rotated, mean removed, groups of 512", 2).stored_bytes == plain.stored_bytes
 
 
 def test_only_widths_that_a_codec_has() -> None:

@@ -28,6 +28,8 @@ CASES = [
     (CodecSpec("fp8_e5m2", group_size=32), torch.randn(301)),
     (CodecSpec("mask"), torch.rand(301) < 0.5),
     (CodecSpec("two_valued"), (torch.rand(301) < 0.5) * 1.25),
+    (CodecSpec("integer", bits=4), torch.randint(0, 16, (301,), dtype=torch.uint8)),
+    (CodecSpec("integer", bits=4), torch.randint(0, 16, (1,))),
     (CodecSpec("integer", bits=32), torch.randint(0, 2**32, (301,))),
     (CodecSpec("integer", bits=32), torch.randint(0, 2**31, (301,)).int()),
 ]

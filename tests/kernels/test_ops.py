@@ -30,8 +30,9 @@ def _cases():
         bools, values = x < 0.5, torch.arange(numel)
         yield ops.mask_encode, (bools, "torch")
         yield ops.mask_decode, (ops.mask_encode(bools, "torch"), numel, "torch")
-        yield ops.integer_encode, (values, 16)
-        yield ops.integer_decode, (ops.integer_encode(values, 16), 16, torch.int64)
+        for bits in (4, 16):
+            yield ops.integer_encode, (values, bits)
+            yield ops.integer_decode, (ops.integer_encode(values, bits), bits, torch.int64, values.numel())
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ WRONG = [
     ({"codec": "fixed", "high": float("inf")}, "low and high must span a range"),
     ({"codec": "fixed", "low": float("nan")}, "low and high must span a range"),
     ({"codec": "fixed", "low": 1e6, "high": 1e6 + 1}, "low and high must span a range"),
-    ({"codec": "integer"}, "bits must be one of 8, 16 or 32 for codec 'integer', got 4"),
+    ({"codec": "integer", "bits": 3}, "bits must be one of 4, 8, 16 or 32 for codec 'integer', got 3"),
     ({"codec": "uniform", "group_size": -256}, "group_size must be one of 32, .* or 1024, got -256. Use 256"),
     ({"codec": "uniform", "group_size": 48}, "group_size must be one of"),
     ({"codec": "uniform", "rounding": "up"}, "rounding must be one of dither, stochastic or nearest, got 'up'. Use"),
@@ -65,6 +65,7 @@ def _stored_cases():
         for group_size, centre in ((32, False), (256, True), (1024, False)):
             yield CodecSpec("rotated", bits, group_size, centre=centre), FLOATS
     for bits, dtypes in {
+        4: (torch.uint8, torch.int16, torch.int64),
         8: (torch.int16, torch.int32, torch.int64),
         16: (torch.int16, torch.int32, torch.int64),
         32: (torch.int32, torch.int64),
@@ -96,6 +97,7 @@ def test_stored_bytes_is_exact(spec, dtypes):
         (CodecSpec("fp8_e5m2"), 1000 * (256 + 1)),
         (CodecSpec("mask"), 32000),
         (CodecSpec("two_valued"), 32004),
+        (CodecSpec("integer", bits=4), 128000),
         (CodecSpec("integer", bits=16), 512000),
         (CodecSpec("identity"), 1024000),
     ],

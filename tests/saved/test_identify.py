@@ -154,7 +154,7 @@ def codec_of(case_name: str, operation: str, **config: Any) -> set[str]:
         ("relu in place", "relu", {"relu-4"}),
         ("bool mask", "where", {"mask-1"}),
         ("dropout", "dropout", {"two_valued-1"}),
-        ("max pool", "max_pool2d", {"nothing", "integer-8"}),
+        ("max pool", "max_pool2d", {"nothing", "window-4"}),
         ("leaky relu", "leaky_relu", {"mask-1"}),
         ("sort", "sort", {"integer-8"}),
         ("gelu", "gelu", {"uniform-4"}),

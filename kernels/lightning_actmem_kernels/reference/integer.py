@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-STORAGE = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
+STORAGE = {4: torch.uint8, 8: torch.uint8, 16: torch.int16, 32: torch.int32}
 
 
 def integer_bits(bound: int) -> int | None:
@@ -17,7 +17,7 @@ def integer_bits(bound: int) -> int | None:
     Returns:
         8, 16 or 32, or None when 32 bits do not suffice.
     """
-    return next((bits for bits in STORAGE if bound <= 1 << bits), None)
+    return next((bits for bits in (8, 16, 32) if bound <= 1 << bits), None)
 
 
 def encode(flat: Tensor, bits: int) -> Tensor:
@@ -25,25 +25,33 @@ def encode(flat: Tensor, bits: int) -> Tensor:
 
     Args:
         flat: Integer [n] with values in [0, 2**bits).
-        bits: 8, 16 or 32; at most the width of flat's dtype.
+        bits: 4, 8, 16 or 32; at most the width of flat's dtype.
 
     Returns:
-        uint8, int16 or int32 [n].
+        uint8, int16 or int32 [n]; for 4 bits uint8 [ceil(n / 2)], the second half of the values above the first.
     """
+    if bits == 4:
+        half = -(-flat.numel() // 2)
+        packed = flat[:half].to(torch.uint8, copy=True)
+        packed[: flat.numel() - half].bitwise_or_(flat[half:].to(torch.uint8) << 4)
+        return packed
     return flat.to(STORAGE[bits], copy=True)
 
 
-def decode(narrow: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+def decode(narrow: Tensor, bits: int, dtype: torch.dtype, numel: int) -> Tensor:
     """Restore what `encode` kept.
 
     Args:
         narrow: uint8, int16 or int32 [n].
         bits: As given to `encode`.
-        dtype: int16, int32 or int64.
+        dtype: uint8, int16, int32 or int64.
+        numel: Elements n.
 
     Returns:
         Integer [n] of that dtype.
     """
+    if bits == 4:
+        return torch.cat((narrow & 15, (narrow >> 4)[: numel - narrow.numel()])).to(dtype)
     wide = narrow.to(dtype, copy=True)
     if 8 < bits < 8 * dtype.itemsize:
         # Storage is signed: values of the upper half come back negative.

@@ -1,0 +1,90 @@
+"""Batch norm in training: run again from its statistics, and found again behind a ReLU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import operation as ops
+from .derived import Derived
+from .handle import Handle
+from .recipe import Autocast, Recipe, Slot, Source
+from .signed import Sign
+from .undecided import Undecided, undecided_behind
+
+if TYPE_CHECKING:
+    from .derive import Note
+
+_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+
+
+def given_to_batch_norm(note: Note) -> dict[str, Any]:
+    """Return what a batch norm was called with, by name."""
+    if note.function is not F.batch_norm:
+        return {}  # torch.batch_norm has another order of arguments
+    return {**dict(zip(_ARGUMENTS, note.arguments, strict=False)), **note.keywords}
+
+
+def batch_norm_recipe(
+    note: Note, inputs: tuple[Source, ...], autocast: Autocast
+) -> tuple[Recipe, tuple[Source | Handle, ...]] | None:
+    """Normalise by the statistics of the forward pass, which the operation has saved."""
+    given = given_to_batch_norm(note)
+    statistics = [handle for tensor, handle in note.saved if tensor.is_floating_point() and tensor.dim() == 1]
+    affine = [given[name] for name in ("weight", "bias") if given.get(name) is not None]
+    if len(statistics) < 2 or len(affine) == 1:
+        return None
+    sources = [value for tensor, value in zip(note.tensors, inputs, strict=True) if any(tensor is w for w in affine)]
+    slots = tuple(Slot(number) for number in range(3 + len(sources)))
+    if len(sources) != len(affine):
+        return None
+    # One multiply-add on what is decoded: it does not count as a step, or outputs of residual blocks would be stored
+    # again every third block.
+    return Recipe(_normalised, slots, {}, autocast, steps=0), (inputs[0], *statistics[:2], *sources)
+
+
+def signs_behind(derived: Derived) -> Iterator[tuple[Undecided, Sign | None]]:
+    """Yield the inputs of batch norms that wait behind a ReLU's output, or behind something else that is derived.
+
+    Args:
+        derived: With a mask, the ReLU's output.
+
+    Yields:
+        What waits, and the sign that helps to store it: ``None`` when it is not a ReLU that reads the norm's output
+        first.
+    """
+    mask = derived.mask
+    if mask is None:
+        for norm, _ in _norms(derived, direct=True):
+            if (undecided := undecided_behind(norm.handles[0])) is not None:
+                yield undecided, None
+        return
+    source = getattr(derived.handles[0], "payload", None)
+    for norm, direct in _norms(source, direct=True):
+        if (undecided := undecided_behind(norm.handles[0])) is not None:
+            yield undecided, Sign(mask, derived.size, norm.handles[1:], direct)
+
+
+def _norms(payload: Any, direct: bool) -> Iterator[tuple[Derived, bool]]:
+    """Yield the batch norms that something is the output or a sum of."""
+    if not isinstance(payload, Derived):
+        return
+    function = payload.recipe.function
+    if function is _normalised:
+        yield payload, direct
+    elif ops.plain_name(function) == "add":
+        for handle in payload.handles:
+            yield from _norms(getattr(handle, "payload", None), direct=False)
+
+
+def _normalised(
+    x: Tensor, mean: Tensor, inverse_deviation: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    scale = inverse_deviation if weight is None else inverse_deviation * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    return torch.addcmul(shift.view(shape).to(x.dtype), x, scale.view(shape).to(x.dtype))
