@@ -88,6 +88,7 @@ class ActMemEngine:
         self._identifier = Identifier(
             self._tracker, _codecs(self.config, derive), self.config.min_elements, self.config.exact
         )
+        self._store.keeps_width = self.adapter is not None
         self._hooks = SavedTensorHooks(self._tracker, self._scope, self._store, self._identifier, derive)
         self._stack = HookStack(self._hooks.pack, self._hooks.unpack, self._tracker)
         self._active = False
@@ -176,8 +177,8 @@ class ActMemEngine:
     ) -> Replay:
         """Run forward and loss with everything stored as it is, for backward passes that round what they are told to.
 
-        Sites, sharing and derivation are as in a training step under the present `plan`, but that the input of a batch
-        norm is never stored behind a ReLU's sign; the engine's own figures and its noise stay as they are.
+        Sites, sharing and derivation are as in a training step under the present `plan`; the engine's own figures and
+        its noise stay as they are.
 
         Args:
             loss: Runs forward and loss on a part of a batch, and returns the loss.
@@ -206,11 +207,10 @@ class ActMemEngine:
             return Replay(loss(), rounding, closed_form, outputs)
 
     def _probe_config(self) -> ActMemConfig:
-        """The same settings without adaptation, and without a second warning of a missing Triton."""
-        config = dataclasses.replace(self.config, adapt=False, noise=None, budget=None)
-        if config.backend == "auto" and find_spec("triton") is None:
-            return dataclasses.replace(config, backend="torch")
-        return config
+        """The same settings, without a second warning of a missing Triton."""
+        if self.config.backend == "auto" and find_spec("triton") is None:
+            return dataclasses.replace(self.config, backend="torch")
+        return self.config
 
     def report(self, *, table: bool = True) -> StepReport:
         """Return what the last step has stored.
@@ -337,8 +337,7 @@ def _codecs(config: ActMemConfig, derive: bool) -> Codecs:
         attention=general(max(config.bits, config.attention_bits)) if derive else None,
         loss=general(max(config.bits, config.loss_bits)),
         smallest=True,
-        # Of a plan's codecs and of what has been measured none stands behind a sign.
-        signed=_signed(general(config.bits)) if derive and config.codec != "measured" and not config.adapts else None,
+        signed=_signed(general(config.bits), config) if derive else None,
     )
 
 
@@ -356,8 +355,14 @@ def _chooser(config: ActMemConfig) -> CodecChooser | None:
     return CodecChooser(settings, None if config.backend == "auto" else config.backend)
 
 
-def _signed(spec: CodecSpec | None) -> CodecSpec | None:
-    """Return the codec for the input of a batch norm behind a ReLU: with its sign 2 bits in all."""
-    if spec is None or spec.codec != "rotated" or spec.bits > _RELU_MIN_BITS:
+def _signed(spec: CodecSpec | None, config: ActMemConfig) -> CodecSpec | None:
+    """Return the codec for the input of a batch norm behind a ReLU: with its sign 2 bits in all.
+
+    Where bits adapt, any width may come, and keeps its bits behind the sign (`Store.keeps_width`).
+    """
+    behind = CodecSpec("rotated", 1, config.group_size, config.rounding, centre=True)
+    if config.adapts:
+        return behind if config.codec in _ROTATED_BITS else None
+    if spec is None or spec.codec != "rotated" or spec.bits > _RELU_MIN_BITS or config.codec == "measured":
         return None
-    return CodecSpec("rotated", 1, spec.group_size, spec.rounding, centre=True)
+    return behind

@@ -18,6 +18,7 @@ from .site import Site, mix64
 
 if TYPE_CHECKING:
     from .identify import Verdict
+    from .signed import Sign
 
 _COMPACT_BITS = 8
 _EXACT = CodecSpec("identity")
@@ -109,20 +110,28 @@ class Rounding:
         charge = Charge(self.ledger, saved_bytes=kept.stored_bytes(layout.numel, tensor.dtype))
         encoded = encode(flat, kept, key=key, backend=self._backend)
         base = Payload(encoded, kept, layout.numel, tensor.dtype, key, self._backend, self._cache, (charge,))
-        payload = ProbePayload(base, site, spec, key, self)
+        payload = ProbePayload(base, site, spec, key, self, layout)
         self.payloads.append(ref(payload))
         return payload
 
-    def rounded(self, raw: Tensor, site: Site, key: int) -> Tensor:
+    def rounded(self, payload: ProbePayload) -> Tensor:
         """Return a segment as backward is to see it now."""
-        spec = self._specs.get(site)
-        return raw if spec is None else self.coded(raw, spec, key)
+        raw, sign = payload.raw(), payload.sign
+        spec = self._specs.get(payload.site)
+        if spec is None:
+            return raw
+        if sign is None or not may_fold(spec):
+            return self.coded(raw, spec, payload.key)
+        layout = payload.layout
+        flat = self.coded(layout.flatten(sign.fold(layout.unflatten(raw))), spec, payload.key, raw.dtype)
+        sign.unfold_(layout.unflatten(flat))
+        return flat
 
-    def coded(self, raw: Tensor, spec: CodecSpec, key: int) -> Tensor:
-        """Return a segment encoded and decoded, with this draw's noise."""
+    def coded(self, raw: Tensor, spec: CodecSpec, key: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a segment encoded, and decoded to its own type or another, with this draw's noise."""
         key = _signed(mix64(key, self._draw))
         encoded = encode(raw, spec, key=key, backend=self._backend)
-        return decode(encoded, spec, numel=raw.numel(), dtype=raw.dtype, key=key, backend=self._backend)
+        return decode(encoded, spec, numel=raw.numel(), dtype=dtype or raw.dtype, key=key, backend=self._backend)
 
 
 class ProbePayload:
@@ -134,14 +143,35 @@ class ProbePayload:
         spec: The codec that it would have in training: sharing and derivation go by its bits.
         key: Its noise key.
         rounding: What is rounded.
+        layout: Layout of the tensor.
     """
 
-    __slots__ = ("__weakref__", "_base", "_rounding", "bits", "cache", "key", "numel", "site", "uses")
+    __slots__ = (
+        "__weakref__",
+        "_base",
+        "_behind",
+        "_rounding",
+        "_waits",
+        "bits",
+        "cache",
+        "key",
+        "layout",
+        "numel",
+        "sign",
+        "site",
+        "uses",
+    )
 
     depth = 0
 
-    def __init__(self, base: Payload, site: Site, spec: CodecSpec | None, key: int, rounding: Rounding) -> None:
+    def __init__(
+        self, base: Payload, site: Site, spec: CodecSpec | None, key: int, rounding: Rounding, layout: Layout
+    ) -> None:
         self._base = base
+        self._behind: CodecSpec | None = None
+        self._waits = False
+        self.layout = layout
+        self.sign: Sign | None = None  # of the ReLU behind, with whose help the segment is rounded
         self._rounding = rounding
         self.bits = EXACT_BITS if spec is None else spec.bits
         self.cache = base.cache
@@ -156,7 +186,24 @@ class ProbePayload:
 
     def decode(self) -> Tensor:
         """Return the segment; the same values until `Rounding` changes."""
-        return self._rounding.rounded(self.raw(), self.site, self.key)
+        return self._rounding.rounded(self)
+
+    def wait(self, behind: CodecSpec | None) -> None:
+        """Take the next sign that `settle` brings; ``behind`` is the site's codec then, if another."""
+        self._waits, self._behind = True, behind
+
+    def settle(self, sign: Sign | None = None) -> None:
+        """Take the sign of a ReLU that follows, as `Undecided` does; or learn that there is none."""
+        if self._waits and sign is not None and sign.size == self.layout.size:
+            self.sign = sign
+            if self._behind is not None:
+                self._rounding.uses[self.site].default = self._behind
+        self._waits = False
+
+
+def may_fold(spec: CodecSpec) -> bool:
+    """Whether a codec gains by the sign of a ReLU behind: with dithered groups nobody has measured it."""
+    return spec.codec == "rotated"
 
 
 def _signed(word: int) -> int:

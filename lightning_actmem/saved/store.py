@@ -20,7 +20,7 @@ from .geometry import Geometry
 from .handle import DecodeCache, Handle, Kept, Packed, Payload, PoolIndices, Stand
 from .identify import MASK, POSITIONS, Verdict
 from .ledger import Charge, Ledger, SiteBytes
-from .probe import Watch
+from .probe import ProbePayload, Watch, may_fold
 from .scope import LayerScope
 from .share import SharedStorages, StoredStorage
 from .site import Site, SiteTable
@@ -52,6 +52,8 @@ class Store:
         self.plan: Mapping[Site, CodecSpec | None] = {}
         #: Who wants to know of the tensors that a plan may speak of.
         self.watch: Watch | None = None
+        #: Whether a ReLU's sign leaves the input of a batch norm its bits, instead of taking one away.
+        self.keeps_width = False
         self._borrowed_seen: set[int] = set()
         self._waiting = Waiting()
         self._noise = 0
@@ -103,15 +105,18 @@ class Store:
             spec = self.plan.get(site, spec)
             if self.watch and layout is not None and not _is_no_smaller(verdict.spec, layout, tensor, storage):
                 payload = self.watch.put(tensor, layout, site, verdict, spec)
+                if isinstance(payload, ProbePayload) and verdict.signed is not None and _fills(tensor, layout):
+                    payload.wait(None if self.keeps_width or site in self.plan else verdict.signed)
+                    self._waiting.add(payload)
                 if payload is not None:
                     return entry.add(Geometry.of(tensor), layout, payload)
         if spec is None and verdict.versioned and storage.nbytes() >= _CLONE_FACTOR * tensor.nbytes:
             spec = IDENTITY
         if layout is None or spec is None or _is_no_smaller(spec, layout, tensor, storage):
             return self._keep(tensor, entry, verdict, site)
-        fills_storage = layout.dense and storage.nbytes() == tensor.nbytes
-        if verdict.signed is not None and site not in self.plan and fills_storage:
-            return self._wait_for_relu(tensor, entry, verdict, site, (spec, verdict.signed), layout)
+        if verdict.signed is not None and may_fold(spec) and _fills(tensor, layout):
+            behind = spec if self.keeps_width or site in self.plan else verdict.signed
+            return self._wait_for_relu(tensor, entry, verdict, site, (spec, behind), layout)
         return self._encode(tensor, entry, verdict, site, spec, layout)
 
     def put_declared(self, tensor: Tensor, verdict: Verdict, declared: Declared) -> Kept | Deferred:
@@ -270,6 +275,11 @@ class Store:
 
     def _book(self, verdict: Verdict, codec: str, raw_bytes: int = 0, saved_bytes: int = 0, elements: int = 0) -> None:
         self._ledger.record(self.site(verdict), verdict.kind, codec, raw_bytes, saved_bytes, elements)
+
+
+def _fills(tensor: Tensor, layout: Layout) -> bool:
+    """Whether a tensor is all of its storage."""
+    return layout.dense and tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def _is_no_smaller(spec: CodecSpec, layout: Layout, tensor: Tensor, storage: UntypedStorage) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_actmem import ActMemEngine
 from lightning_actmem.adapt.replay import ExactGradient, Replay
+from lightning_actmem_kernels import CodecSpec
 from tests import models
 
 Task = tuple[nn.Module, Callable[[], Tensor], Any]
@@ -108,6 +109,26 @@ def test_sites_add_up_to_the_whole(name: str, bits: int) -> None:
     parts = sum(exact.error(replay, {site: spec}).item() for site, spec in everything.items() for _ in range(6)) / 6
     whole = sum(exact.error(replay, everything).item() for _ in range(12)) / 12
     assert parts == pytest.approx(whole, rel=0.1)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_a_probe_rounds_behind_the_sign_of_a_relu_as_training_does(bits: int) -> None:
+    """The input of a batch norm is stored as its magnitude where a ReLU's sign is stored too."""
+    task = model, loss, inputs = resnet()
+    engine, replay, exact = begin(task, bits=2, adapt=True)
+    specs = {site: use.default for site, use in replay.uses.items()}
+    specs |= {site: CodecSpec("rotated", bits, centre=True) for site in specs if site.operation == "batch_norm"}
+    assert any(payload() is not None and payload().sign is not None for payload in replay._rounding.payloads)
+    probed = sum(exact.error(replay, specs).item() for _ in range(10))
+    engine.plan = specs
+    plain = torch.autograd.grad(loss(), parameters_of(model))
+    trained = 0.0
+    for _ in range(10):
+        with engine.compress(model, inputs=inputs):
+            value = loss()
+        packed = torch.autograd.grad(value, parameters_of(model))
+        trained += sum((a - b).square().sum().item() for a, b in zip(plain, packed, strict=True))
+    assert probed == pytest.approx(trained, rel=0.1)
 
 
 def test_bias_shows_where_rounding_is_biased() -> None:

@@ -29,7 +29,7 @@ def test_every_row_is_printed_and_the_allocation_wins(capsys: pytest.CaptureFixt
     variances = {name: float(cells[2]) for name, cells in rows.items() if "2 bits" in name}
     assert len(rows) == 2 + len(allocation.UNIFORM) + len(allocation.PUBLISHED) + 3
     assert (
-        variances["actmem, bytes of uniform 2 bits"]
+        variances["actmem, 2 bits per stored element"]
         < variances["uniform 2 bits"]
         < variances["uniform 2 bits, min-max SR"]
     )
