@@ -19,6 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lightning_actmem_kernels.reference.bf16 import reciprocal_below
 from lightning_actmem_kernels.reference.bfp import largest_mantissa
 from lightning_actmem_kernels.reference.exponent import carry_and_shift
 from lightning_actmem_kernels.reference.fp8 import FORMATS
@@ -68,17 +69,20 @@ META_BYTES = {
 }
 FLOATS = frozenset(["low", "high", "scale", "factor", "offset"])
 
-# Instructions per element on sm_90, (encode, decode): a few per cent above what was measured, to see a regression.
+# Instructions per element on sm_90, (encode, decode): 13 and 9 for uniform bf16, a little more
+# at 3 bits, whose codes straddle bytes; for the others a few per cent above what was measured, to see a regression.
 LIMITS = {
-    ("uniform", 8, "bf16"): (17.8, 11.6),
-    ("uniform", 4, "bf16"): (16.2, 11.2),
-    ("uniform", 2, "bf16"): (16.2, 10.8),
-    ("uniform", 4, "fp32"): (16.5, 11.5),
-    ("relu", 4, "bf16"): (25.9, 17.2),
-    ("relu", 4, "fp32"): (27.5, 25.0),
-    ("fixed", 4, "bf16"): (15.2, 11.0),
-    ("fixed", 2, "bf16"): (15.0, 10.6),
-    ("fixed", 4, "fp32"): (14.9, 11.3),
+    ("uniform", 8, "bf16"): (13.0, 9.0),
+    ("uniform", 4, "bf16"): (13.0, 9.0),
+    ("uniform", 3, "bf16"): (13.2, 9.0),
+    ("uniform", 2, "bf16"): (13.0, 9.0),
+    ("uniform", 1, "bf16"): (13.0, 9.0),
+    ("uniform", 4, "fp32"): (14.2, 8.6),
+    ("relu", 4, "bf16"): (19.2, 12.4),
+    ("relu", 4, "fp32"): (21.1, 12.8),
+    ("fixed", 4, "bf16"): (13.1, 9.2),
+    ("fixed", 2, "bf16"): (13.2, 9.3),
+    ("fixed", 4, "fp32"): (13.1, 9.5),
     ("rotated", 1, "bf16"): (30.2, 21.5),
     ("rotated", 2, "bf16"): (34.5, 23.0),
     ("rotated", 4, "bf16"): (63.5, 30.0),
@@ -88,13 +92,13 @@ LIMITS = {
     ("centred", 1, "bf16"): (32.2, 22.2),
     ("centred", 2, "bf16"): (36.4, 23.7),
     ("centred", 1, "fp32"): (39.7, 26.7),
-    ("bfp", 8, "bf16"): (13.8, 11.6),
-    ("bfp", 4, "bf16"): (12.9, 11.2),
-    ("bfp", 2, "bf16"): (12.8, 10.7),
-    ("bfp", 4, "fp32"): (12.5, 11.4),
-    ("fp8_e4m3", 8, "bf16"): (21.0, 13.6),
-    ("fp8_e4m3", 8, "fp32"): (20.7, 12.6),
-    ("fp8_e5m2", 8, "bf16"): (21.0, 13.6),
+    ("bfp", 8, "bf16"): (10.8, 8.1),
+    ("bfp", 4, "bf16"): (10.9, 8.2),
+    ("bfp", 2, "bf16"): (10.9, 8.2),
+    ("bfp", 4, "fp32"): (10.8, 8.5),
+    ("fp8_e4m3", 8, "bf16"): (19.3, 13.6),
+    ("fp8_e4m3", 8, "fp32"): (19.3, 12.6),
+    ("fp8_e5m2", 8, "bf16"): (19.3, 13.6),
 }
 
 
@@ -140,6 +144,7 @@ class Case:
             "CENTRE": self.codec == "centred",
             "TINY": 2.0**-126,
         }
+        constants |= {"RECIPROCAL": reciprocal_below((1 << self.bits) - (2 if self.codec == "relu" else 1))}
         constants |= {f"L{i}": level for i, level in enumerate((*levels, *[0.0] * 8)[:8])}
         constants |= {f"T{i}": threshold for i, threshold in enumerate((*thresholds, *[0.0] * 7)[:7])}
         if self.codec == "bfp":
@@ -149,7 +154,8 @@ class Case:
             constants |= _scaled(form.largest) | {"MANTISSA": form.mantissa, "BIAS": form.bias}
         bf16 = "*i32" if self.encodes else "*i16"
         flat = bf16 if self.dtype == "bf16" else "*fp32"
-        return compile_kernel(self.kernel, constants, {"flat_ptr": flat}, target)
+        codes = "*u8" if self.kernel in (rotated._encode, rotated._decode, fp8._decode) else "*i32"
+        return compile_kernel(self.kernel, constants, {"flat_ptr": flat, "codes_ptr": codes}, target)
 
     def __str__(self) -> str:
         return f"{self.codec} {self.bits} bit {self.dtype} {'encode' if self.encodes else 'decode'}"
@@ -217,17 +223,18 @@ def read_hip(compiled: Any, elements: int) -> Report:
     return Report(count, count, registers, spilled, max(widths, default=4))
 
 
-def inexact(compiled: Any) -> set[str]:
+def inexact(case: Case, compiled: Any) -> set[str]:
     """Instructions that would not round as the reference does."""
+    # These decode by fma a product that is exact, so that it rounds once either way.
+    fma = "" if case.codec in ("uniform", "relu", "bfp") and not case.encodes else r"fma\.|"
     # Older Triton flushes denormals in its exact division, which the kernels allow for.
-    return set(re.findall(r"fma\.|(?<!div\.rn)\.ftz|\.approx|div\.full", compiled.asm.get("ptx", "")))
+    return set(re.findall(fma + r"(?<!div\.rn)\.ftz|\.approx|div\.full", compiled.asm.get("ptx", "")))
 
 
 def faults(case: Case, name: str, compiled: Any, report: Report) -> list[str]:
     """What exceeds its limit."""
-    found = (
-        [f"{case} on {name}: expected exact arithmetic, got {sorted(inexact(compiled))}"] if inexact(compiled) else []
-    )
+    rounding = inexact(case, compiled)
+    found = [f"{case} on {name}: expected exact arithmetic, got {sorted(rounding)}"] if rounding else []
     if report.spilled_bytes:
         found.append(f"{case} on {name}: expected no spilled registers, got {report.spilled_bytes} bytes")
     if report.access_bytes < 16:

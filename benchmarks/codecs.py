@@ -30,20 +30,21 @@ CSV = Path(__file__).with_name("codecs.csv")
 CODECS = ("uniform", "rotated", "relu", "bfp", "fp8_e4m3", "fp8_e5m2", "mask")
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 QUANTILES = {"low_ms": 0.2, "median_ms": 0.5, "high_ms": 0.8}
-MIN_SECONDS, MIN_RUNS = 0.5, 5
+MIN_SECONDS, MIN_RUNS = 0.2, 5
 
 
-def times_s(run: Callable[[], Any], device: torch.device) -> list[float]:
-    """Seconds of each run, after two that warm up."""
-    times: list[float] = []
+def times_s(runs: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each run, after two that warm up; in turns, so that a busy machine slows all of them alike."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for warm in range(2 + 1000):
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if warm >= 2:
-            times.append(time.perf_counter() - start)
-        if len(times) >= MIN_RUNS and sum(times) > MIN_SECONDS:
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if warm >= 2:
+                times[name].append(time.perf_counter() - start)
+        if warm >= 1 + MIN_RUNS and min(map(sum, times.values())) > MIN_SECONDS:
             break
     return times
 
@@ -67,13 +68,15 @@ def rows(spec: CodecSpec, dtype: torch.dtype, megabytes: int, device: torch.devi
     target, payload = torch.empty_like(x), encode(x, spec, key=1)
     restore = {"numel": x.numel(), "dtype": x.dtype, "key": 1}
     runs: dict[str, Callable[[], Any]] = {
+        "copy": lambda: target.copy_(x),
+        "clone": x.clone,
         "encode": lambda: encode(x, spec, key=1),
         "decode": lambda: decode(payload, spec, **restore),
     }
-    copy_ms = quantiles_ms(times_s(lambda: target.copy_(x), device))["median_ms"]
-    clone_ms = quantiles_ms(times_s(x.clone, device))["median_ms"]
-    for direction, run in runs.items():
-        measured = quantiles_ms(times_s(run, device))
+    found = {name: quantiles_ms(times) for name, times in times_s(runs, device).items()}
+    copy_ms, clone_ms = found["copy"]["median_ms"], found["clone"]["median_ms"]
+    for direction in ("encode", "decode"):
+        measured = found[direction]
         yield {
             "codec": spec.codec,
             "bits": spec.bits,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
@@ -14,6 +14,8 @@ from .methods import Method
 from .models import Workload
 
 WARMUP_ROUNDS = 2
+
+Clock = Callable[[], float]
 
 
 def step(work: Workload, method: Method) -> None:
@@ -53,27 +55,30 @@ def peak_bytes(work: Workload, method: Method) -> int:
     return max(accumulate(nbytes for _, nbytes in changes), default=0)
 
 
-def step_seconds(work: Workload, method: Method) -> float:
+def step_seconds(work: Workload, method: Method, clock: Clock = time.perf_counter) -> float:
     """Return the time of one step."""
     _synchronize(work)
-    start = time.perf_counter()
+    start = clock()
     step(work, method)
     _synchronize(work)
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def interleaved_seconds(work: Workload, methods: Sequence[Method], repeats: int) -> list[list[float]]:
+def interleaved_seconds(
+    work: Workload, methods: Sequence[Method], repeats: int, clock: Clock = time.perf_counter
+) -> list[list[float]]:
     """Time the methods in turn (A B C A B C ...), so that a slow moment of the machine meets all of them.
 
     Args:
         work: What is measured.
         methods: The methods.
         repeats: Steps per method after two rounds of warming up.
+        clock: Tells the seconds: wall time, or `time.process_time` for what the processor spends on this process alone.
 
     Returns:
         For every method its step times in seconds.
     """
-    rounds = [[step_seconds(work, method) for method in methods] for _ in range(WARMUP_ROUNDS + repeats)]
+    rounds = [[step_seconds(work, method, clock) for method in methods] for _ in range(WARMUP_ROUNDS + repeats)]
     return [list(times) for times in zip(*rounds[WARMUP_ROUNDS:], strict=True)]
 
 

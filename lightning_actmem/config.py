@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
 from omegaconf import DictConfig, OmegaConf
@@ -53,8 +53,10 @@ class ActMemConfig:
             their output and one bit).
         attention_bits: Least bits for what attention multiplies (queries, keys, values); 32 keeps it exact.
         loss_bits: Least bits for what a loss saves; 32 keeps it exact.
-        exact: What stays exact: patterns of layer paths (``"encoder.0"`` and everything below it, ``"*.head"``), or of
-            operations (``"op:gelu"``).
+        layer_bits: Bits of layers that have their own, by the patterns of ``exact``; the last that matches wins, and 32
+            keeps floats exact.
+        exact: What stays exact: patterns of layer paths (``"encoder.0"`` and everything below it, ``"*.head"``), of
+            classes (``"type:LayerNorm"``, likewise), or of operations (``"op:gelu"``).
         min_elements: Tensors with fewer elements than this stay as they are.
         adapt: Whether the bits of every site follow from what its rounding does to the gradient. ``None``: if
             ``noise``, ``budget`` or another ``method`` than ``"actmem"`` is given. With neither ``noise`` nor
@@ -85,6 +87,7 @@ class ActMemConfig:
     activations: str = "derive"
     attention_bits: int = 8
     loss_bits: int = 32
+    layer_bits: dict[str, int] = field(default_factory=dict, hash=False)
     exact: tuple[str, ...] = ()
     min_elements: int = 1024
     adapt: Optional[bool] = None  # noqa: UP045
@@ -122,6 +125,7 @@ class ActMemConfig:
         if not isinstance(exact, (list, tuple)) or not all(isinstance(pattern, str) for pattern in exact):
             raise TypeError(f"exact must be a list of patterns such as ['encoder.0', 'op:gelu'], got {self.exact!r}.")
         object.__setattr__(self, "exact", tuple(exact))
+        self._check_layer_bits()
         CodecSpec("uniform", bits=4, group_size=self.group_size)  # the kernels own the rule for group sizes
         self._check_adaptation()
 
@@ -159,6 +163,21 @@ class ActMemConfig:
     def budget_bytes(self) -> int | None:
         """``budget`` as a number of bytes."""
         return None if self.budget is None else parse_bytes(self.budget)
+
+    def _check_layer_bits(self) -> None:
+        given: Any = self.layer_bits
+        if not isinstance(given, Mapping) or not all(isinstance(pattern, str) for pattern in given):
+            raise TypeError(f"layer_bits must map patterns to bits, such as {{'encoder.0': 8}}, got {given!r}.")
+        for pattern, bits in given.items():
+            _check_int(f"layer_bits[{pattern!r}]", bits)
+            _check_choice(f"layer_bits[{pattern!r}]", bits, BITS, "Use 32 for lossless storage.")
+            _check_codec_bits(self.codec, bits)
+        if given and self.lossless:
+            raise ValueError(
+                f"layer_bits need a codec that rounds, got bits={self.bits}, codec={self.codec!r}. Set bits=8 or less, "
+                "and layer_bits={'*': 32, ...} for what stays lossless."
+            )
+        object.__setattr__(self, "layer_bits", dict(given))
 
     @property
     def lossless(self) -> bool:

@@ -30,12 +30,12 @@ from .saved.borrowed import Borrowed
 from .saved.hooks import SavedTensorHooks
 from .saved.identify import Codecs, Identifier
 from .saved.ledger import Ledger
-from .saved.operation import OperationTracker
 from .saved.probe import Rounding
 from .saved.scope import LayerScope, is_compiled
 from .saved.site import Site, mix64
 from .saved.stack import HookStack, in_checkpoint
 from .saved.store import Store
+from .saved.tracker import OperationTracker
 
 _RELU_MIN_BITS = 2
 # At which widths a setting rotates. Measured on a GPT: half the gradient error of min-max groups at 2 bits, a quarter
@@ -76,7 +76,7 @@ class ActMemEngine:
         self.step = 0
         self.ledger = Ledger()
         self._tracker = OperationTracker()
-        self._scope = LayerScope(self._suspended)
+        self._scope = LayerScope(self._suspended, lambda classes: self._identifier.name_classes(classes))
         derive = not self.config.lossless if self.config.derive is None else self.config.derive
         if derive:
             self._tracker.replacements[F.scaled_dot_product_attention] = self._attention
@@ -86,7 +86,11 @@ class ActMemEngine:
         self._chooser = None if self.adapter is not None else _chooser(self.config)
         self._store.watch = self._chooser if self.adapter is None else self.adapter.sizes
         self._identifier = Identifier(
-            self._tracker, _codecs(self.config, derive), self.config.min_elements, self.config.exact
+            _codecs(self.config, derive),
+            self.config.min_elements,
+            self.config.exact,
+            _other_codecs(self.config, derive),
+            self._tracker.declared,
         )
         self._store.keeps_width = self.adapter is not None
         self._hooks = SavedTensorHooks(self._tracker, self._scope, self._store, self._identifier, derive)
@@ -273,7 +277,7 @@ class ActMemEngine:
 
     def _may_replace(self, operation: str) -> bool:
         """Whether what an operation saves comes to these hooks, and may be rounded."""
-        return self._stack.is_innermost() and not self._identifier.keeps(operation, self._scope.frame)
+        return self._stack.is_innermost() and not self._identifier.keeps(operation, self._scope.stack[-1])
 
     def _is_wholly_compiled(self, module: nn.Module | None) -> bool:
         if module is None or not is_compiled(module):
@@ -339,6 +343,14 @@ def _codecs(config: ActMemConfig, derive: bool) -> Codecs:
         smallest=True,
         signed=_signed(general(config.bits), config) if derive else None,
     )
+
+
+def _other_codecs(config: ActMemConfig, derive: bool) -> dict[str, Codecs]:
+    """Return the codecs of the layers that have bits of their own, by pattern."""
+    return {
+        pattern: _codecs(dataclasses.replace(config, bits=bits, layer_bits={}), derive)
+        for pattern, bits in config.layer_bits.items()
+    }
 
 
 def _codec(setting: str, bits: int) -> str:

@@ -79,7 +79,7 @@ class Sensitivities:
     def state(self) -> list[Any]:
         """Return everything as lists, texts and numbers."""
         return [
-            [as_list(site), as_list(spec), as_list(average)]
+            [list(site), as_list(spec), as_list(average)]
             for site, averages in self.averages.items()
             for spec, average in averages.items()
         ]

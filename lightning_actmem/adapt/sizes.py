@@ -65,7 +65,7 @@ class Sizes:
     def state(self) -> dict[str, Any]:
         """Return everything as lists, texts and numbers."""
         uses = [
-            [as_list(site), as_list(use.default), use.kind, str(use.dtype), list(use.numels)]
+            [list(site), as_list(use.default), use.kind, str(use.dtype), list(use.numels)]
             for site, use in self.uses.items()
         ]
         return {"uses": uses, "fixed_bytes": self.fixed_bytes, "due": self._due}

@@ -1,4 +1,4 @@
-"""Sites, codecs, averages and plans as what a checkpoint may hold: lists, texts and numbers."""
+"""Codecs, averages and plans as what a checkpoint may hold: lists, texts and numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def as_list(value: DataclassInstance | None) -> list[Any] | None:
 
 def plan_state(plan: Mapping[Site, CodecSpec | None]) -> list[Any]:
     """Return a plan as lists, texts and numbers."""
-    return [[as_list(site), as_list(spec)] for site, spec in plan.items()]
+    return [[list(site), as_list(spec)] for site, spec in plan.items()]
 
 
 def plan_of(state: list[Any]) -> dict[Site, CodecSpec | None]:

@@ -58,6 +58,7 @@ class ActMemStrategy(_ActMemMixin, SingleDeviceStrategy):
         activations: ``"derive"``, ``"derivative"`` or ``"inverted"``: what element-wise operations keep.
         attention_bits: Least bits for what attention multiplies.
         loss_bits: Least bits for what a loss saves.
+        layer_bits: Bits of layers that have their own, by pattern.
         exact: Patterns of layers or operations that stay exact.
         min_elements: Tensors with fewer elements than this stay as they are.
         adapt: Whether the bits of every site follow from what its rounding does to the gradient.
@@ -99,6 +100,7 @@ class ActMemStrategy(_ActMemMixin, SingleDeviceStrategy):
         activations: str | None = None,
         attention_bits: int | None = None,
         loss_bits: int | None = None,
+        layer_bits: dict[str, int] | None = None,
         exact: tuple[str, ...] | None = None,
         min_elements: int | None = None,
         adapt: bool | None = None,
@@ -131,6 +133,7 @@ class ActMemStrategy(_ActMemMixin, SingleDeviceStrategy):
             activations=activations,
             attention_bits=attention_bits,
             loss_bits=loss_bits,
+            layer_bits=layer_bits,
             exact=exact,
             min_elements=min_elements,
             adapt=adapt,
@@ -208,6 +211,7 @@ class ActMemDDPStrategy(_ActMemMixin, DDPStrategy):
         activations: ``"derive"``, ``"derivative"`` or ``"inverted"``: what element-wise operations keep.
         attention_bits: Least bits for what attention multiplies.
         loss_bits: Least bits for what a loss saves.
+        layer_bits: Bits of layers that have their own, by pattern.
         exact: Patterns of layers or operations that stay exact.
         min_elements: Tensors with fewer elements than this stay as they are.
         adapt: Whether the bits of every site follow from what its rounding does to the gradient.
@@ -239,6 +243,7 @@ class ActMemDDPStrategy(_ActMemMixin, DDPStrategy):
         activations: str | None = None,
         attention_bits: int | None = None,
         loss_bits: int | None = None,
+        layer_bits: dict[str, int] | None = None,
         exact: tuple[str, ...] | None = None,
         min_elements: int | None = None,
         adapt: bool | None = None,
@@ -262,6 +267,7 @@ class ActMemDDPStrategy(_ActMemMixin, DDPStrategy):
             activations=activations,
             attention_bits=attention_bits,
             loss_bits=loss_bits,
+            layer_bits=layer_bits,
             exact=exact,
             min_elements=min_elements,
             adapt=adapt,

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from ..saved.declared import Declared
-from ..saved.operation import OperationTracker
 from ..saved.store import Store
+from ..saved.tracker import OperationTracker
 from .chain import Chain, Factor, merged, root_count
 from .gate import Gate
 from .once import require_first_order

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..saved.derive import is_plain
+from ..saved.geometry import is_plain
 from ..saved.identify import is_weight
-from ..saved.operation import plain_name
-from ..saved.recipe import changes_first_argument
+from ..saved.operation import operation_of
 
 
 class Gate:
@@ -29,9 +28,10 @@ class Gate:
 
     def allows_call(self, function: Callable[..., Any], keywords: dict[str, Any]) -> bool:
         """Whether a call gives a new tensor with gradient."""
-        if not torch.is_grad_enabled() or "out" in keywords or changes_first_argument(function, keywords):
+        operation = operation_of(function)
+        if not torch.is_grad_enabled() or "out" in keywords or operation.changes_first_argument(keywords):
             return False
-        return self._is_open(plain_name(function))
+        return self._is_open(operation.name)
 
     def allows_operands(self, operands: tuple[Tensor, ...]) -> bool:
         """Whether tensors are large, alike and plain, and one of them needs gradient."""

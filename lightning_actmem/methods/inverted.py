@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..saved.declared import Declared
-from ..saved.operation import OperationTracker
 from ..saved.store import Store
+from ..saved.tracker import OperationTracker
 from .gate import Gate
 from .once import require_first_order
 

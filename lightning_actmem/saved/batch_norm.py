@@ -18,28 +18,30 @@ from .signed import Sign
 from .undecided import Undecided, undecided_behind
 
 if TYPE_CHECKING:
-    from .derive import Note
+    from .tracker import Call
 
 _ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 
 
-def given_to_batch_norm(note: Note) -> dict[str, Any]:
+def given_to_batch_norm(call: Call) -> dict[str, Any]:
     """Return what a batch norm was called with, by name."""
-    if note.function is not F.batch_norm:
+    if call.function is not F.batch_norm:
         return {}  # torch.batch_norm has another order of arguments
-    return {**dict(zip(_ARGUMENTS, note.arguments, strict=False)), **note.keywords}
+    return {**dict(zip(_ARGUMENTS, call.arguments, strict=False)), **call.keywords}
 
 
 def batch_norm_recipe(
-    note: Note, inputs: tuple[Source, ...], autocast: Autocast
+    call: Call, inputs: tuple[Source, ...], autocast: Autocast
 ) -> tuple[Recipe, tuple[Source | Handle, ...]] | None:
     """Normalise by the statistics of the forward pass, which the operation has saved."""
-    given = given_to_batch_norm(note)
-    statistics = [handle for tensor, handle in note.saved if tensor.is_floating_point() and tensor.dim() == 1]
+    given = given_to_batch_norm(call)
+    statistics = [handle for tensor, handle in call.saved or () if tensor.is_floating_point() and tensor.dim() == 1]
     affine = [given[name] for name in ("weight", "bias") if given.get(name) is not None]
     if len(statistics) < 2 or len(affine) == 1:
         return None
-    sources = [value for tensor, value in zip(note.tensors, inputs, strict=True) if any(tensor is w for w in affine)]
+    sources = [
+        value for (tensor, _), value in zip(call.inputs(), inputs, strict=True) if any(tensor is w for w in affine)
+    ]
     slots = tuple(Slot(number) for number in range(3 + len(sources)))
     if len(sources) != len(affine):
         return None
@@ -77,7 +79,7 @@ def _norms(payload: Any, direct: bool) -> Iterator[tuple[Derived, bool]]:
     function = payload.recipe.function
     if function is _normalised:
         yield payload, direct
-    elif ops.plain_name(function) == "add":
+    elif ops.operation_of(function).name == "add":
         for handle in payload.handles:
             yield from _norms(getattr(handle, "payload", None), direct=False)
 

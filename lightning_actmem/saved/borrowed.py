@@ -25,6 +25,8 @@ class Borrowed:
     def __init__(self, module: nn.Module | None = None, inputs: Any = None) -> None:
         self.knows_inputs = inputs is not None
         self._owners: dict[int, str] = {}
+        #: ``"weight"``, ``"buffer"``, ``"input"`` or ``None`` for the identity of a storage.
+        self.owner = self._owners.get
         for tensor in tensors_in(inputs):
             self._own(tensor, "input")
         if module is not None:
@@ -32,10 +34,6 @@ class Borrowed:
                 self._own(buffer, "buffer")
             for parameter in module.parameters():
                 self._own(parameter, "weight")
-
-    def owner(self, storage_id: int) -> str | None:
-        """Return ``"weight"``, ``"buffer"`` or ``"input"``, or ``None`` for a storage that only autograd may hold."""
-        return self._owners.get(storage_id)
 
     def owns(self, tensor: Tensor) -> bool:
         """Whether the tensor is a weight or lies in one's storage."""

@@ -7,18 +7,19 @@ from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
-from torch import Tensor, UntypedStorage, nn
+from torch import Tensor, UntypedStorage
 
 from . import operation as ops
 from .batch_norm import batch_norm_recipe, given_to_batch_norm
 from .borrowed import Borrowed
 from .derived import Derived
-from .geometry import Geometry
+from .geometry import is_plain
 from .handle import DecodeCache, Handle
 from .identify import is_weight
-from .recipe import Autocast, Recipe, Slot, Source, changes_first_argument, tensors_of, with_slots
+from .recipe import Autocast, Recipe, Slot, Source, with_slots
 from .reduced import ONE_BIT
 from .share import SharedStorages, StoredStorage
+from .tracker import Call
 
 # Deterministic, and cheap enough to run twice: element-wise, row-wise, or a copy. Roots and logarithms are absent: an
 # argument that was rounded below zero would give them NaN.
@@ -37,42 +38,6 @@ _SMALL_FACTOR = 32
 # A mask that all heads, and mostly all layers, have in common.
 _MASK_FACTOR = 2
 _MASKED = frozenset("add masked_fill where".split())
-
-
-class Note:
-    """An operation that is running: its arguments as they were before it, and what it has saved.
-
-    Args:
-        operation: Its plain name.
-        function: The torch function.
-        arguments: Its positional arguments.
-        keywords: Its keyword arguments.
-    """
-
-    __slots__ = (
-        "arguments",
-        "autocast",
-        "function",
-        "geometries",
-        "inplace",
-        "keywords",
-        "operation",
-        "saved",
-        "tensors",
-    )
-
-    def __init__(
-        self, operation: str, function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
-    ) -> None:
-        self.operation = operation
-        self.function = function
-        self.arguments = arguments
-        self.keywords = keywords
-        self.tensors = list(tensors_of([arguments, keywords]))
-        self.geometries = [Geometry.of(tensor) if is_plain(tensor) else None for tensor in self.tensors]
-        self.inplace = changes_first_argument(function, keywords)
-        self.autocast = Autocast.now(self.tensors[0].device.type) if self.tensors else None
-        self.saved: list[tuple[Tensor, Handle]] = []  # results among what it saves: statistics, masks
 
 
 class Outcome(NamedTuple):
@@ -100,44 +65,46 @@ class Deriver:
         shared: What is stored.
         cache: Remembers the last computed segments.
         copy: Stores a small tensor by value and books its bytes.
+        min_elements: Smaller tensors are not derived, as they are not packed.
     """
 
-    def __init__(self, shared: SharedStorages, cache: DecodeCache, copy: Callable[[Tensor], Handle]) -> None:
+    operations = REPLAYED | FROM_SAVED
+
+    def __init__(
+        self, shared: SharedStorages, cache: DecodeCache, copy: Callable[[Tensor], Handle], min_elements: int
+    ) -> None:
         self._shared = shared
         self._cache = cache
         self._copy = copy
+        self._min_elements = min_elements
         self._borrowed = Borrowed()
 
     def start_step(self, borrowed: Borrowed) -> None:
         """Begin a step with these storages of the model and the batch."""
         self._borrowed = borrowed
 
-    def before(self, function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Note | None:
-        """Note an operation that is about to run, if its result may be derivable."""
-        operation = ops.plain_name(function)
-        if operation not in REPLAYED and operation not in FROM_SAVED:
-            return None
-        return Note(operation, function, arguments, keywords)
-
-    def after(self, note: Note, result: Any) -> None:
+    def after(self, call: Call, result: Any) -> None:
         """Note the result of an operation: how the contents of its storage came about."""
-        if not isinstance(result, Tensor) or not result.requires_grad or not is_plain(result):
+        if not isinstance(result, Tensor) or result.numel() < self._min_elements:
+            return
+        if not result.requires_grad or not is_plain(result):
             return
         storage = result.untyped_storage()
-        if storage.nbytes() != result.nbytes or self._is_argument(note, storage, result._version):
+        if storage.nbytes() != result.nbytes or self._is_argument(call, storage, result._version):
             return  # a recipe is for a whole storage
-        outcomes = self._shared[storage].outcomes
-        if result._version not in outcomes and (found := self._recipe(note, result)) is not None:
+        entry = self._shared[storage]
+        if result._version not in entry.outcomes and (found := self._recipe(call, result)) is not None:
             recipe, inputs = found
-            outcomes[result._version] = Outcome(recipe, inputs, tuple(result.shape), result.stride(), result.dtype)
+            outcome = Outcome(recipe, inputs, tuple(result.shape), result.stride(), result.dtype)
+            entry.add_outcome(result._version, outcome)
 
-    def note_copy(self, note: Note, tensor: Tensor, handle: Handle) -> None:
+    def note_copy(self, call: Call, tensor: Tensor, handle: Handle) -> None:
         """Note that a matrix product has saved a contiguous copy of one of its arguments instead of the argument."""
-        if not tensor.is_contiguous() or len({argument.shape[:-2] for argument in note.tensors}) > 1:
+        if not tensor.is_contiguous() or len({argument.shape[:-2] for argument, _ in call.inputs()}) > 1:
             return  # a broadcast argument: the copy is of an expansion
         matches = [
             (argument, geometry)
-            for argument, geometry in zip(note.tensors, note.geometries, strict=True)
+            for argument, geometry in call.inputs()
             if geometry is not None
             and (argument.numel(), argument.dtype) == (tensor.numel(), tensor.dtype)
             and argument.shape[-2:] == tensor.shape[-2:]
@@ -186,64 +153,55 @@ class Deriver:
         derived = self.derive(wanted.storage, wanted.geometry.version, least_bits, attention)
         return None if derived is None else wanted.storage.find(wanted.geometry, least_bits)
 
-    def _recipe(self, note: Note, result: Tensor) -> tuple[Recipe, tuple[Source | Handle, ...]] | None:
-        inputs = self._inputs(note, result)
-        if inputs is None or note.autocast is None:
+    def _recipe(self, call: Call, result: Tensor) -> tuple[Recipe, tuple[Source | Handle, ...]] | None:
+        inputs = self._inputs(call, result)
+        autocast = Autocast.now(result.device.type)
+        if inputs is None or autocast is None:
             return None
-        if note.operation in ops.DROPOUTS:
-            return _dropout_recipe(note, inputs, note.autocast)
-        if note.operation == "batch_norm" and given_to_batch_norm(note).get("training"):
-            return batch_norm_recipe(note, inputs, note.autocast)
-        product = note.operation in _MATRIX_PRODUCTS
-        if product and any(is_weight(tensor) or self._borrowed.owns(tensor) for tensor in note.tensors):
+        if call.operation.name in ops.DROPOUTS:
+            return _dropout_recipe(call, inputs, autocast)
+        if call.operation.name == "batch_norm" and given_to_batch_norm(call).get("training"):
+            return batch_norm_recipe(call, inputs, autocast)
+        product = call.operation.name in _MATRIX_PRODUCTS
+        if product and any(is_weight(tensor) or self._borrowed.owns(tensor) for tensor, _ in call.inputs()):
             return None  # a layer's own product is not cheap
-        if note.operation == "div" and any(value.small is None for value in inputs[1:]):
+        if call.operation.name == "div" and any(value.small is None for value in inputs[1:]):
             return None  # rounded, a divisor may be zero
-        if note.operation in ops.POWERS and not ops.bears_rounding(note.operation, note.arguments):
+        if call.operation.name in ops.POWERS and not ops.bears_rounding(call.operation.name, call.arguments):
             return None
-        arguments, keywords = with_slots((note.arguments, note.keywords))
-        return Recipe(note.function, arguments, keywords, note.autocast, note.inplace, product), inputs
+        arguments, keywords = with_slots((call.arguments, call.keywords))
+        return Recipe(call.function, arguments, keywords, autocast, call.in_place, product), inputs
 
-    def _inputs(self, note: Note, result: Tensor) -> tuple[Source, ...] | None:
+    def _inputs(self, call: Call, result: Tensor) -> tuple[Source, ...] | None:
         inputs: list[Source] = []
-        for tensor, geometry in zip(note.tensors, note.geometries, strict=True):
+        for tensor, geometry in call.inputs():
             if geometry is None or tensor.device != result.device:
                 return None
-            is_mask = note.operation in _MASKED and not tensor.requires_grad
+            is_mask = call.operation.name in _MASKED and not tensor.requires_grad
             small = tensor.numel() * (_MASK_FACTOR if is_mask else _SMALL_FACTOR) <= result.numel()
             source = self._shared[tensor.untyped_storage()]
             inputs.append(Source(source, geometry, ref(tensor) if small else None))
         return tuple(inputs)
 
     @staticmethod
-    def _is_argument(note: Note, storage: UntypedStorage, version: int) -> bool:
+    def _is_argument(call: Call, storage: UntypedStorage, version: int) -> bool:
         """Whether a result is a view of an argument that the operation has not changed."""
         return any(
             geometry is not None and geometry.version == version and tensor.untyped_storage()._cdata == storage._cdata
-            for tensor, geometry in zip(note.tensors, note.geometries, strict=True)
+            for tensor, geometry in call.inputs()
         )
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is dense and its own: no subclass, not sparse, not conjugated."""
-    return (
-        type(tensor) in (Tensor, nn.Parameter)
-        and tensor.layout is torch.strided
-        and not (tensor.is_nested or tensor.is_quantized or tensor.is_inference())
-        and not (tensor.is_conj() or tensor.is_neg())
-    )
 
 
 _Built = tuple[Recipe, tuple[Source | Handle, ...]]
 
 
-def _dropout_recipe(note: Note, inputs: tuple[Source, ...], autocast: Autocast) -> _Built | None:
-    if len(note.saved) != 1:
+def _dropout_recipe(call: Call, inputs: tuple[Source, ...], autocast: Autocast) -> _Built | None:
+    if call.saved is None or len(call.saved) != 1:
         return None
-    mask, handle = note.saved[0]
+    mask, handle = call.saved[0]
     keep = 1.0
     if mask.dtype == torch.bool:  # the fused kernels save a bool mask and scale by themselves
-        p = note.arguments[1] if len(note.arguments) > 1 else note.keywords.get("p", 0.5)
+        p = call.arguments[1] if len(call.arguments) > 1 else call.keywords.get("p", 0.5)
         keep = 1.0 - float(p)
     return Recipe(_masked, (Slot(0), Slot(1), keep), {}, autocast), (inputs[0], handle)
 

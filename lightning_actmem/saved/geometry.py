@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Geometry(NamedTuple):
@@ -38,3 +38,13 @@ def extent(size: tuple[int, ...], stride: tuple[int, ...]) -> int:
     if 0 in size:
         return 0
     return 1 + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is dense and its own: no subclass, not sparse, not conjugated."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout is torch.strided
+        and not (tensor.is_nested or tensor.is_quantized or tensor.is_inference())
+        and not (tensor.is_conj() or tensor.is_neg())
+    )

@@ -34,19 +34,28 @@ class Kept:
     Args:
         tensor: The tensor that autograd saves.
         versioned: Whether a change before backward is an error.
-        charges: Bytes that are alive as long as this handle.
+        charge: Bytes that are alive as long as this handle.
+        others: More of them.
     """
 
-    __slots__ = ("__weakref__", "_charges", "_tensor", "_version")
+    __slots__ = ("__weakref__", "_others", "_tensor", "_version", "charge")
 
     depth = 0
     bits = EXACT_BITS
 
-    def __init__(self, tensor: Tensor, versioned: bool = True, charges: tuple[Charge | None, ...] = ()) -> None:
+    def __init__(
+        self, tensor: Tensor, versioned: bool = True, charge: Charge | None = None, others: tuple[Charge, ...] = ()
+    ) -> None:
         # Detached: a result that holds its own node, which holds this handle, would never be freed.
-        self._tensor = tensor if tensor.grad_fn is None else tensor.detach()
-        self._version = self._tensor._version if versioned else None
-        self._charges = charges
+        self._tensor = tensor if tensor.is_leaf else tensor.detach()
+        self._version = tensor._version if versioned else None
+        self.charge = charge
+        self._others = others
+
+    @property
+    def versioned(self) -> bool:
+        """Whether it keeps one version of the tensor, so that others may share it."""
+        return self._version is not None
 
     @property
     def is_modified(self) -> bool:
@@ -67,11 +76,12 @@ class Kept:
         return tensor
 
     def view(self, geometry: Geometry) -> Kept | None:
-        """Return a handle of another view of the same storage, if this one keeps that version of it."""
+        """Return a handle of a view of the same storage, if this one keeps that version of it."""
         if self._version != geometry.version or self._tensor.dtype != geometry.dtype:
             return None
-        view = self._tensor.as_strided(geometry.size, geometry.stride, geometry.start)
-        return Kept(view, charges=self._charges)
+        if geometry == Geometry.of(self._tensor):
+            return self
+        return Kept(self._tensor.as_strided(geometry.size, geometry.stride, geometry.start), charge=self.charge)
 
 
 class Payload:

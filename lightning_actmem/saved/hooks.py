@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import methodcaller
+
 import torch
 from torch import Tensor, UntypedStorage, nn
 
@@ -12,10 +15,11 @@ from .geometry import Geometry
 from .handle import EXACT_BITS, Handle, PoolIndices, Stand
 from .identify import Identifier, Verdict, is_weight
 from .ledger import BORROWED
-from .operation import MATMUL, OperationTracker
+from .operation import MATMUL
 from .scope import LayerScope
 from .share import StoredStorage
 from .store import IDENTITY, Store
+from .tracker import OperationTracker
 
 _TENSOR_TYPES = (Tensor, nn.Parameter)
 _SPARSE_PARTS = {
@@ -48,7 +52,7 @@ class SavedTensorHooks:
         self._scope = scope
         self._store = store
         self._identifier = identifier
-        self._deriver = Deriver(store.shared, store.cache, self._copy) if derive else None
+        self._deriver = Deriver(store.shared, store.cache, self._copy, identifier.min_elements) if derive else None
         tracker.observer = self._deriver
 
     def start_step(self, borrowed: Borrowed, noise: int) -> None:
@@ -70,10 +74,8 @@ class SavedTensorHooks:
         if self._deriver is not None:
             self._deriver.start_step(self._identifier.borrowed)
 
-    @staticmethod
-    def unpack(handle: Handle | Deferred) -> Tensor:
-        """Return the tensor that a handle stands for."""
-        return handle.restore()
+    #: Return the tensor that a handle stands for.
+    unpack: Callable[[Handle | Deferred], Tensor] = staticmethod(methodcaller("restore"))
 
     def pack(self, tensor: Tensor) -> Handle | Deferred:
         """Store a tensor that autograd saves and return its handle."""
@@ -82,20 +84,24 @@ class SavedTensorHooks:
         storage = _storage(tensor)
         if storage is None:
             return self._keep_opaque(tensor)
-        verdict = self._identifier.identify(tensor, storage._cdata, self._scope.frame)
+        call = self._tracker.call
+        verdict = self._identifier.identify(tensor, storage._cdata, call, self._scope.stack[-1])
         if verdict.declared is not None:
             return self._store.put_declared(tensor, verdict, verdict.declared)
         handle = self._pack(tensor, storage, verdict)
-        note = self._tracker.note
-        if note is not None and verdict.role == "result":
-            note.saved.append((tensor, handle))
+        if call.saved is not None and verdict.role == "result":
+            call.saved.append((tensor, handle))
             if self._deriver is not None and verdict.operation in MATMUL:
-                self._deriver.note_copy(note, tensor, handle)
+                self._deriver.note_copy(call, tensor, handle)
         return handle
 
     def _pack(self, tensor: Tensor, storage: UntypedStorage, verdict: Verdict) -> Handle:
         if verdict.kind in BORROWED:
             return self._store.borrow(tensor, storage, verdict)
+        derivable = verdict.derivable and self._deriver is not None
+        stands_in = verdict.levels is not None or verdict.window is not None
+        if not (derivable or stands_in or self._store.shared.is_known(storage._cdata)):
+            return self._store.put_first(tensor, storage, verdict)
         entry = self._store.shared[storage]
         if verdict.levels is not None:
             stand = Stand(tensor, *verdict.levels)
@@ -106,20 +112,20 @@ class SavedTensorHooks:
             self._store.place(indices, tensor, entry, verdict, "window-4")
             return indices
         if verdict.versioned:
-            handle = entry.find(Geometry.of(tensor), verdict.least_bits)
+            handle = None if entry.is_empty else entry.find(Geometry.of(tensor), verdict.least_bits)
             if handle is not None:
                 return self._store.share(handle, verdict)
-            handle = self._derive(tensor, entry, verdict)
+            handle = self._derive(tensor, entry, verdict) if derivable else None
             if handle is not None:
                 return handle
         return self._store.put(tensor, entry, verdict)
 
     def _derive(self, tensor: Tensor, entry: StoredStorage, verdict: Verdict) -> Handle | None:
-        if self._deriver is None or not verdict.derivable:
+        if self._deriver is None:
             return None
-        note = self._tracker.note
-        if note is not None and verdict.operation in SAVES_OUTPUT and verdict.is_output:
-            self._deriver.after(note, tensor)
+        call = self._tracker.call
+        if call.saved is not None and verdict.operation in SAVES_OUTPUT and verdict.is_output:
+            self._deriver.after(call, tensor)
         attention = verdict.kind == "attention"
         derived = self._deriver.derive(entry, tensor._version, verdict.least_bits, attention)
         handle = None if derived is None else entry.find(Geometry.of(tensor), verdict.least_bits)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +17,10 @@ from . import operation as ops
 from .borrowed import Borrowed
 from .declared import Declared
 from .handle import DERIVED_BITS, EXACT_BITS
-from .operation import OperationTracker
+from .patterns import Patterns
 from .reduced import UNREAD, UNREAD_DEVICES, is_piecewise, one_bit
 from .scope import Frame
+from .tracker import Call
 from .window import Window, window_of
 
 FLOATS = frozenset([torch.float32, torch.bfloat16, torch.float16])
@@ -85,6 +86,7 @@ class Verdict(NamedTuple):
         declared: What a replacement says of a tensor that it has made.
         signed: The codec for when a ReLU's sign, stored too, turns out to help (see `signed`).
         window: The max pool whose indices these are, if they fit in 4 bits; ``bit`` then gives the positions.
+        pinned: Whether the codec is the user's own for this place, which no plan changes.
     """
 
     operation: str
@@ -100,73 +102,110 @@ class Verdict(NamedTuple):
     declared: Declared | None = None
     signed: CodecSpec | None = None
     window: Window | None = None
+    pinned: bool = False
+
+
+@lru_cache(maxsize=4096)
+def _by_reference(operation: str, role: str, kind: str) -> Verdict:
+    return Verdict(operation, role, kind)
 
 
 class Identifier:
     """Decides how saved tensors are stored.
 
     Args:
-        call: Tells the running operation.
         codecs: The codecs for floats.
         min_elements: Smaller tensors stay exact.
-        exact: Patterns of layers, or of operations after ``op:``, whose tensors stay exact.
+        exact: Patterns of what stays exact.
+        others: Codecs of what has its own, by pattern.
+        declared: What replacements say of the tensors that they save, by their storages' identities.
     """
 
-    def __init__(self, call: OperationTracker, codecs: Codecs, min_elements: int, exact: tuple[str, ...] = ()) -> None:
-        self._exact = exact
-        self._excluded: dict[tuple[str, str], bool] = {}
-        self._call = call
+    def __init__(
+        self,
+        codecs: Codecs,
+        min_elements: int,
+        exact: tuple[str, ...] = (),
+        others: Mapping[str, Codecs] = MappingProxyType({}),
+        declared: Mapping[int, Declared] = MappingProxyType({}),
+    ) -> None:
+        self._exact = Patterns(dict.fromkeys(exact, True))
+        self._others = Patterns(others)
+        self._small: dict[tuple[str, str, str], Verdict] = {}
         self._codecs = codecs
-        self._min_elements = min_elements
+        self._declared = declared
+        self.min_elements = min_elements
         self.borrowed = Borrowed()
 
-    def identify(self, tensor: Tensor, storage_id: int, frame: Frame) -> Verdict:
+    def name_classes(self, classes: Mapping[str, str]) -> None:
+        """Take the names of the layers' classes, by path: patterns may speak of them."""
+        self._small.clear()
+        self._exact.name_classes(classes)
+        self._others.name_classes(classes)
+
+    def identify(self, tensor: Tensor, storage_id: int, call: Call, frame: Frame) -> Verdict:
         """Decide how a saved tensor is stored.
 
         Args:
             tensor: The tensor that autograd saves; a plain dense tensor.
             storage_id: Identity of its storage.
+            call: The torch function that is running.
             frame: The module call that is running.
 
         Returns:
             The verdict.
         """
-        operation = self._call.name() or ("checkpoint" if ops.running_checkpoint() else "custom")
+        operation = call.operation.name or ("checkpoint" if ops.running_checkpoint() else "custom")
         owner = self.borrowed.owner(storage_id)
         if owner is not None:
-            return Verdict(operation, owner, owner)
-        if self._call.declared and (declared := self._call.declared.get(storage_id)) is not None:
-            return self._declared(tensor, operation, declared)
-        if is_weight(tensor):
-            return Verdict(operation, "weight", "weight")
-        role, source = _role(tensor, storage_id, self._call)
-        if isinstance(source, nn.Parameter):
-            return Verdict(operation, role, "weight")  # a cast of a frozen weight
+            return _by_reference(operation, owner, owner)
+        if self._declared and (declared := self._declared.get(storage_id)) is not None:
+            return self._of_declared(tensor, operation, declared, frame.layer)
+        role, source = _role(tensor, storage_id, call)
+        if not _is_computed(tensor, operation, role) and is_weight(tensor):
+            return _by_reference(operation, "weight", "weight")
+        if source is not None and _is_parameter(source):
+            return _by_reference(operation, role, "weight")  # a cast of a frozen weight
+        if tensor.numel() < self.min_elements:
+            small = self._small.get((operation, role, frame.layer))
+            return small or self._of_small(operation, role, frame.layer)
+        verdict = self._of_place(operation, role, frame.layer)
+        if verdict is not None:
+            return verdict
+        if tensor.dtype == torch.bool:
+            return Verdict(operation, role, "packed", MASK)
+        if tensor.dtype not in FLOATS:
+            return self._index(tensor, operation, role, source, call)
+        verdict = self._float(tensor, operation, role, source, call, frame)
+        return verdict._replace(pinned=True) if self._others.find(frame.layer, operation) else verdict
+
+    def _of_small(self, operation: str, role: str, layer: str) -> Verdict:
+        """Return the verdict on a small tensor, which depends on nothing else, and remember it."""
+        verdict = self._of_place(operation, role, layer) or _by_reference(operation, role, "small")
+        self._small[operation, role, layer] = verdict
+        return verdict
+
+    def _of_place(self, operation: str, role: str, layer: str) -> Verdict | None:
+        """Return the verdict on tensors of any type and size, where they have one in common."""
         if operation in ops.LINEAR and role in ("weight", "operand"):
-            return Verdict(operation, role, "exact")  # a weight computed from others
+            return _by_reference(operation, role, "exact")  # a weight computed from others
         if operation in ops.FILLED_LATER:
             return Verdict(operation, role, "unsupported", versioned=False)
         if self._codecs.copies:
             return Verdict(operation, role, "packed", self._codecs.general)
-        if self._exact and self._is_excluded(frame.layer, operation):
-            return Verdict(operation, role, "excluded")
-        if tensor.numel() < self._min_elements:
-            return Verdict(operation, role, "small")
-        if tensor.dtype == torch.bool:
-            return Verdict(operation, role, "packed", MASK)
-        if tensor.dtype not in FLOATS:
-            return self._index(tensor, operation, role, source)
-        return self._float(tensor, operation, role, source, frame)
+        if self._exact.find(layer, operation):
+            return _by_reference(operation, role, "excluded")
+        return None
 
     def keeps(self, operation: str, frame: Frame) -> bool:
         """Whether what an operation saves stays as it is: it is part of a loss, or excluded by a pattern."""
         if frame.is_loss or ops.is_loss(operation):
             return True
-        return bool(self._exact) and self._is_excluded(frame.layer, operation)
+        return bool(self._exact.find(frame.layer, operation))
 
-    def _declared(self, tensor: Tensor, operation: str, declared: Declared) -> Verdict:
+    def _of_declared(self, tensor: Tensor, operation: str, declared: Declared, layer: str) -> Verdict:
         """Return the verdict on a tensor that a replacement saves."""
-        spec = self._codecs.general
+        spec = self._codecs_of(operation, layer).general
         found = Verdict(operation, declared.role, "packed", declared=declared if declared.own else None)
         if self._codecs.copies:
             return found._replace(spec=spec)
@@ -179,32 +218,36 @@ class Identifier:
         spec = _of_derivatives(spec, declared.bounds)
         return found._replace(spec=spec, derivable=not declared.own, least_bits=1)
 
-    def _index(self, tensor: Tensor, operation: str, role: str, source: Tensor | None) -> Verdict:
-        call = self._call
+    def _codecs_of(self, operation: str, layer: str) -> Codecs:
+        return self._others.find(layer, operation) or self._codecs
+
+    def _index(self, tensor: Tensor, operation: str, role: str, source: Tensor | None, call: Call) -> Verdict:
         if source is None and tensor.dtype in _INDICES:
             window = window_of(operation, call.arguments, call.keywords, tensor.device.type)
             if window is not None:
                 return Verdict(operation, role, "packed", POSITIONS, window=window, bit=window.positions)
-        return Verdict(operation, role, *_index(tensor, operation, call, source))
+        return Verdict(operation, role, *_index(tensor, call, source))
 
-    def _float(self, tensor: Tensor, operation: str, role: str, source: Tensor | None, frame: Frame) -> Verdict:
-        codecs = self._codecs
+    def _float(
+        self, tensor: Tensor, operation: str, role: str, source: Tensor | None, call: Call, frame: Frame
+    ) -> Verdict:
+        codecs = self._codecs_of(operation, frame.layer)
         if frame.is_loss or ops.is_loss(operation):
             unread = self._unread(tensor, operation, role)
             return unread or Verdict(operation, role, "loss", codecs.loss, least_bits=_bits(codecs.loss))
         if operation in ops.DROPOUTS and source is None and not tensor.requires_grad:
             return Verdict(operation, role, "packed", TWO_VALUED)
         if operation in ops.ATTENTION:
-            return self._attention(operation, role)
-        if (reduced := self._reduced(tensor, operation, role)) is not None:
+            return self._attention(operation, role, codecs)
+        if (reduced := self._reduced(tensor, operation, role, call)) is not None:
             return reduced
-        if is_piecewise(operation) or not ops.bears_rounding(operation, self._call.arguments):
+        if is_piecewise(operation) or not ops.bears_rounding(operation, call.arguments):
             return Verdict(operation, role, "exact")
-        return self._activation(tensor, operation, role, source)
+        return self._activation(tensor, operation, role, source, call, codecs)
 
-    def _attention(self, operation: str, role: str) -> Verdict:
+    def _attention(self, operation: str, role: str, codecs: Codecs) -> Verdict:
         """Return the verdict on an input of a fused kernel that is recomputed, or on the probabilities of a softmax."""
-        spec = self._codecs.attention
+        spec = codecs.attention
         least_bits = min(_bits(spec), DERIVED_BITS)
         if operation != "scaled_dot_product_attention":
             return Verdict(operation, role, "attention", derivable=True, least_bits=least_bits, is_output=True)
@@ -212,13 +255,13 @@ class Identifier:
             return Verdict(operation, role, "attention")
         return Verdict(operation, role, "attention", spec, derivable=True, least_bits=least_bits)
 
-    def _reduced(self, tensor: Tensor, operation: str, role: str) -> Verdict | None:
+    def _reduced(self, tensor: Tensor, operation: str, role: str, call: Call) -> Verdict | None:
         """Return the verdict on a tensor of which backward reads one bit per element, or nothing."""
         if (unread := self._unread(tensor, operation, role)) is not None:
             return unread
         if not self._codecs.smallest:
             return None
-        found = one_bit(operation, self._call.arguments, self._call.keywords)
+        found = one_bit(operation, call.arguments, call.keywords)
         return None if found is None else Verdict(operation, role, "packed", levels=found[0], bit=found[1])
 
     def _unread(self, tensor: Tensor, operation: str, role: str) -> Verdict | None:
@@ -228,9 +271,10 @@ class Identifier:
             return None
         return Verdict(operation, role, "unread", levels=(0.0, 0.0))
 
-    def _activation(self, tensor: Tensor, operation: str, role: str, source: Tensor | None) -> Verdict:
-        codecs = self._codecs
-        arguments = [argument for _, argument in self._call.tensor_arguments()]
+    def _activation(
+        self, tensor: Tensor, operation: str, role: str, source: Tensor | None, call: Call, codecs: Codecs
+    ) -> Verdict:
+        arguments = [argument for _, argument in call.named_tensors()]
         if operation in ops.MATMUL and not any(map(self._is_weight, arguments)):
             # A product of two activations: attention scores, or their sum over the values.
             least_bits = min(_bits(codecs.attention), DERIVED_BITS)
@@ -255,17 +299,6 @@ class Identifier:
             return verdict._replace(signed=codecs.signed)
         return verdict._replace(is_output=role == "result")
 
-    def _is_excluded(self, layer: str, operation: str) -> bool:
-        known = self._excluded.get((layer, operation))
-        if known is None:
-            names = [layer, f"op:{operation}"]
-            while "." in layer:
-                layer = layer.rpartition(".")[0]
-                names.append(layer)
-            known = any(fnmatchcase(name, pattern) for name in names for pattern in self._exact)
-            self._excluded[names[0], operation] = known
-        return known
-
     def _is_weight(self, tensor: Tensor) -> bool:
         return is_weight(tensor) or self.borrowed.owns(tensor)
 
@@ -289,7 +322,7 @@ def _is_on(output: Tensor) -> Tensor:
 
 def is_weight(tensor: Tensor) -> bool:
     """Whether the tensor is a parameter, or leads back to one through views and casts alone."""
-    if isinstance(tensor, nn.Parameter):
+    if type(tensor) is not Tensor and isinstance(tensor, nn.Parameter):
         return True
     node: Any = tensor.grad_fn
     while node is not None:
@@ -302,13 +335,27 @@ def is_weight(tensor: Tensor) -> bool:
     return False
 
 
-def _role(tensor: Tensor, storage_id: int, call: OperationTracker) -> tuple[str, Tensor | None]:
+def _is_parameter(tensor: Tensor) -> bool:
+    # The exact type first: a Parameter's own check runs in Python.
+    return type(tensor) is not Tensor and isinstance(tensor, nn.Parameter)
+
+
+def _is_computed(tensor: Tensor, operation: str, role: str) -> bool:
+    """Whether it is clear that the operation itself has computed the tensor.
+
+    Otherwise its history has to be asked, and autograd keeps what it answers: 0.9 us and an object for each tensor.
+    """
+    return role == "result" and operation in ops.ELEMENTWISE and not torch.is_autocast_enabled(tensor.device.type)
+
+
+def _role(tensor: Tensor, storage_id: int, call: Call) -> tuple[str, Tensor | None]:
     """Name the argument that the tensor is, is a view of, or is an autocast copy of."""
+    dtype = tensor.dtype
     cast_from: list[tuple[str, Tensor]] = []
-    for name, argument in call.tensor_arguments():
+    for name, argument in call.named_tensors():
         if argument is tensor or _storage_id(argument) == storage_id:
             return name, argument
-        if _may_be_cast(tensor, argument):
+        if argument.dtype != dtype and _may_be_cast(tensor, argument):
             cast_from.append((name, argument))
     if cast_from:
         return cast_from[0] if len(cast_from) == 1 else ("operand", None)
@@ -316,25 +363,23 @@ def _role(tensor: Tensor, storage_id: int, call: OperationTracker) -> tuple[str,
 
 
 def _may_be_cast(tensor: Tensor, argument: Tensor) -> bool:
-    if argument.numel() != tensor.numel() or argument.dtype == tensor.dtype:
+    if argument.numel() != tensor.numel():
         return False
     if not (tensor.is_floating_point() and argument.is_floating_point()):
         return False
-    if isinstance(argument, nn.Parameter) and argument.requires_grad:
+    if _is_parameter(argument) and argument.requires_grad:
         return False  # its cast leads back to it, see is_weight
     node: Any = tensor.grad_fn
     return node is None or node.name() in _VIEWS_AND_CASTS
 
 
-def _index(
-    tensor: Tensor, operation: str, call: OperationTracker, source: Tensor | None
-) -> tuple[str, CodecSpec | None]:
+def _index(tensor: Tensor, call: Call, source: Tensor | None) -> tuple[str, CodecSpec | None]:
     if tensor.dtype not in _INDICES:
         return "unsupported", None
     if source is not None:
         return "index", None  # an argument: the user's own
-    first = next((argument for _, argument in call.tensor_arguments()), None)
-    bound = None if first is None else ops.index_bound(operation, first)
+    first = next((argument for _, argument in call.named_tensors()), None)
+    bound = None if first is None else ops.index_bound(call.operation.name, first)
     bits = None if bound is None else integer_bits(bound)
     if bits is None or bits >= tensor.element_size() * 8:
         return "index", None
@@ -343,6 +388,7 @@ def _index(
 
 def _storage_id(tensor: Tensor) -> int | None:
     try:
-        return int(tensor.untyped_storage()._cdata)
+        identity: int = tensor.untyped_storage()._cdata
+        return identity
     except (NotImplementedError, RuntimeError):  # subclasses without storage of their own (DTensor, nested, sparse)
         return None

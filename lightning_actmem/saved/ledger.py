@@ -12,23 +12,52 @@ BORROWED = frozenset({"weight", "buffer", "input"})
 
 
 class Charge:
-    """Bytes that live as long as this object does."""
+    """Bytes that live as long as this object does.
 
-    __slots__ = ("__weakref__", "_ledger", "raw_bytes", "saved_bytes", "waiting_bytes")
+    Args:
+        ledger: Where they are booked.
+        saved_bytes: Bytes stored.
+        raw_bytes: Bytes that plain autograd would keep alive.
+        waiting_bytes: Bytes of a tensor that waits for its code.
+        raw: The charge for the raw bytes, if they are booked already: it lives as long as this one at least.
+    """
 
-    def __init__(self, ledger: Ledger, saved_bytes: int = 0, raw_bytes: int = 0, waiting_bytes: int = 0) -> None:
+    __slots__ = ("__weakref__", "_ledger", "_raw", "raw_bytes", "saved_bytes", "waiting_bytes")
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        saved_bytes: int = 0,
+        raw_bytes: int = 0,
+        waiting_bytes: int = 0,
+        raw: Charge | None = None,
+    ) -> None:
         self.saved_bytes = saved_bytes
         self.raw_bytes = raw_bytes
         self.waiting_bytes = waiting_bytes
         self._ledger = ledger
-        ledger._add(saved_bytes, raw_bytes, waiting_bytes)
+        self._raw = raw
+        if ledger._released:
+            ledger.settle()
+        ledger.live_saved_bytes += saved_bytes
+        ledger.live_raw_bytes += raw_bytes
+        ledger.live_waiting_bytes += waiting_bytes
+
+    def raw_alone(self) -> Charge:
+        """Return the charge for the raw bytes and nothing else; it is made where it is missing."""
+        if self._raw is None:
+            if not self.saved_bytes:
+                return self
+            self._raw = Charge(self._ledger)
+            self._raw.raw_bytes, self.raw_bytes = self.raw_bytes, 0
+        return self._raw
 
     def __del__(self) -> None:
         # A deque's append is atomic: this may run in autograd's threads, or in the garbage collector at any point.
         self._ledger._released.append((self.saved_bytes, self.raw_bytes, self.waiting_bytes))
 
 
-@dataclass
+@dataclass(slots=True)
 class SiteBytes:
     """What one site stored in a step.
 
@@ -56,10 +85,7 @@ class Ledger:
     Args:
         live_saved_bytes: Activation bytes stored now.
         live_raw_bytes: Bytes that plain autograd would keep alive now for the same graph.
-        peak_saved_bytes: The largest ``live_saved_bytes`` since the step began.
-        peak_raw_bytes: The largest ``live_raw_bytes`` since the step began.
         live_waiting_bytes: Bytes of tensors that wait for their code now (see `Undecided`).
-        peak_waiting_bytes: The largest ``live_waiting_bytes`` since the step began.
         pack_ns: Host time spent in encoding on the CPU since the step began, in nanoseconds.
         packed_on_cpu: Whether ``pack_ns`` covers everything packed in the step (device work would need a
             synchronisation to be timed).
@@ -68,27 +94,46 @@ class Ledger:
 
     live_saved_bytes: int = 0
     live_raw_bytes: int = 0
-    peak_saved_bytes: int = 0
-    peak_raw_bytes: int = 0
     live_waiting_bytes: int = 0
-    peak_waiting_bytes: int = 0
     pack_ns: int = 0
     packed_on_cpu: bool = True
     sites: dict[Site, SiteBytes] = field(default_factory=dict)
+    # As of the last settling: from then on the live figures have only grown.
+    _peak_saved_bytes: int = 0
+    _peak_raw_bytes: int = 0
+    _peak_waiting_bytes: int = 0
     _released: deque[tuple[int, int, int]] = field(default_factory=deque)
+
+    @property
+    def peak_saved_bytes(self) -> int:
+        """The largest ``live_saved_bytes`` since the step began."""
+        return max(self._peak_saved_bytes, self.live_saved_bytes)
+
+    @property
+    def peak_raw_bytes(self) -> int:
+        """The largest ``live_raw_bytes`` since the step began."""
+        return max(self._peak_raw_bytes, self.live_raw_bytes)
+
+    @property
+    def peak_waiting_bytes(self) -> int:
+        """The largest ``live_waiting_bytes`` since the step began."""
+        return max(self._peak_waiting_bytes, self.live_waiting_bytes)
 
     def start_step(self) -> None:
         """Begin a new step: peaks start from what is alive, sites from nothing."""
         self.settle()
-        self.peak_saved_bytes = self.live_saved_bytes
-        self.peak_raw_bytes = self.live_raw_bytes
-        self.peak_waiting_bytes = self.live_waiting_bytes
+        self._peak_saved_bytes = self.live_saved_bytes
+        self._peak_raw_bytes = self.live_raw_bytes
+        self._peak_waiting_bytes = self.live_waiting_bytes
         self.pack_ns = 0
         self.packed_on_cpu = True
         self.sites = {}
 
     def settle(self) -> None:
         """Bring the live figures up to date with what has died."""
+        self._peak_saved_bytes = self.peak_saved_bytes
+        self._peak_raw_bytes = self.peak_raw_bytes
+        self._peak_waiting_bytes = self.peak_waiting_bytes
         while self._released:
             saved_bytes, raw_bytes, waiting_bytes = self._released.popleft()
             self.live_saved_bytes -= saved_bytes
@@ -99,22 +144,10 @@ class Ledger:
         """Book one saved tensor on its site and return the site's row."""
         row = self.sites.get(site)
         if row is None:
-            row = self.sites[site] = SiteBytes(kind, codec)
+            row = self.sites[site] = SiteBytes(kind, codec, 1, raw_bytes, saved_bytes, elements)
+            return row
         row.tensors += 1
         row.raw_bytes += raw_bytes
         row.saved_bytes += saved_bytes
         row.elements += elements
         return row
-
-    def _add(self, saved_bytes: int, raw_bytes: int, waiting_bytes: int) -> None:
-        if self._released:
-            self.settle()
-        self.live_saved_bytes += saved_bytes
-        self.live_raw_bytes += raw_bytes
-        self.live_waiting_bytes += waiting_bytes
-        if self.live_waiting_bytes > self.peak_waiting_bytes:
-            self.peak_waiting_bytes = self.live_waiting_bytes
-        if self.live_saved_bytes > self.peak_saved_bytes:
-            self.peak_saved_bytes = self.live_saved_bytes
-        if self.live_raw_bytes > self.peak_raw_bytes:
-            self.peak_raw_bytes = self.live_raw_bytes

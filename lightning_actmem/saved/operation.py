@@ -1,4 +1,4 @@
-"""Which operation is running: its name, its arguments, and what its backward tolerates."""
+"""What is known of torch's operations: their names, their arguments, and what their backward tolerates."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ import functools
 import math
 import sys
 import types
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch.utils.checkpoint
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
-
-from .declared import Declared
 
 # What an operation saves is packed only where its backward is known to bear rounding: an operation that is in none of
 # these sets keeps its tensors exact. sqrt, log, division and norms are absent on purpose: their backward divides by
@@ -39,6 +36,8 @@ POOLS = frozenset(
 )
 PRODUCTS = frozenset("mul multiply addcmul lerp exp exp2 expm1 sin cos square erf sinc".split())
 POWERS = frozenset(["pow", "float_power"])
+#: Save nothing but their arguments and tensors that they have computed: without autocast never a copy or a cast.
+ELEMENTWISE = RELU | ACTIVATIONS | PRODUCTS
 DROPOUTS = frozenset("dropout dropout1d dropout2d dropout3d feature_dropout native_dropout".split())
 PACKABLE = (
     LINEAR | MATMUL | RELU | ACTIVATIONS | NORMS | POOLS | PRODUCTS | POWERS | DROPOUTS | frozenset(["checkpoint"])
@@ -65,76 +64,53 @@ _ARGUMENTS = {
     "prelu": ("input", "weight"),
 }
 _DEFAULT_ARGUMENTS = ("input", "other")
-# Python functions that hide other operations: the tracker stays on inside them.
 _COMPOSITES = frozenset(["multi_head_attention_forward"])
+# Questions to a tensor, which a model asks more often than it computes. Attributes are all of them questions or views.
+_QUESTIONS = frozenset(
+    "__get__ __len__ dim ndimension size stride numel nelement element_size storage_offset data_ptr is_contiguous "
+    "is_floating_point is_complex get_device".split()
+)
+_INPLACE_OPERATORS = frozenset("__iadd__ __isub__ __imul__ __itruediv__ __ipow__".split())
 # Frames between whoever calls an autograd function and the question who that is.
 _BETWEEN = ("lightning_actmem", "torch.autograd.function")
 
 
-class Observer(Protocol):
-    """Who wants to know of operations before and after they run."""
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What is known of a torch function, whatever it is called with.
 
-    def before(self, function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        """Return a note of the operation, or ``None`` when it is of no interest."""
-        ...
-
-    def after(self, note: Any, result: Any) -> None:
-        """Take the result of an operation that was noted."""
-        ...
-
-
-class OperationTracker(TorchFunctionMode):
-    """Notes the torch function that is running (0.8 us per operation).
-
-    An `observer` is told of every operation that runs with gradient; ``replacements`` run instead of theirs, as
-    ``replacement(function, arguments, keywords)``, and put into ``declared`` what they save, by its storage's identity.
-
-    While an operation runs, `function` and `arguments` are its own; outside every operation `function` is ``None``.
-    The arguments are not kept beyond the call.
+    Args:
+        name: Its name without marks (``add_``, ``__add__`` and ``__iadd__`` are ``add``), or ``""`` if it is not
+            torch's own.
+        argument_names: Names of its first positional arguments.
+        saves_nothing: Whether autograd never saves a tensor in it.
+        hides_others: Whether it is a Python function that hides other operations.
+        in_place: Whether its name says that it changes its first argument.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.observer: Observer | None = None
-        self.replacements: dict[Callable[..., Any], Callable[..., Any]] = {}
-        self.declared: dict[int, Declared] = {}
-        self.note: Any = None
-        self.function: Callable[..., Any] | None = None
-        self.arguments: tuple[Any, ...] = ()
-        self.keywords: dict[str, Any] = {}
+    name: str = ""
+    argument_names: tuple[str, ...] = _DEFAULT_ARGUMENTS
+    saves_nothing: bool = False
+    hides_others: bool = False
+    in_place: bool = False
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run the operation with its name and arguments on record."""
-        kwargs = kwargs or {}
-        outer = self.function, self.arguments, self.keywords, self.note
-        observer = self.observer if torch.is_grad_enabled() else None
-        self.function, self.arguments, self.keywords = func, args, kwargs
-        self.note = note = None if observer is None else observer.before(func, args, kwargs)
-        try:
-            if getattr(func, "__name__", None) in _COMPOSITES:
-                with self:
-                    return _without_override_check(func)(*args, **kwargs)
-            replacement = self.replacements.get(func)
-            result = func(*args, **kwargs) if replacement is None else replacement(func, args, kwargs)
-            if observer is not None and note is not None:
-                observer.after(note, result)
-            return result
-        finally:
-            self.function, self.arguments, self.keywords, self.note = outer
+    def changes_first_argument(self, keywords: dict[str, Any]) -> bool:
+        """Whether the function works in place when it is called with these keywords."""
+        return self.in_place or keywords.get("inplace") is True
 
-    def tensor_arguments(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the name and value of every tensor among the running operation's arguments."""
-        names = _ARGUMENTS.get(self.name(), _DEFAULT_ARGUMENTS)
-        for position, argument in enumerate(self.arguments):
-            yield from _named_tensors(names[position] if position < len(names) else f"arg{position}", argument)
-        for name, argument in self.keywords.items():
-            yield from _named_tensors(name, argument)
 
-    def name(self) -> str:
-        """Return the running operation's plain name (``add_`` and ``__add__`` are ``add``), or ``""``."""
-        return "" if self.function is None else plain_name(self.function)
+@functools.lru_cache(maxsize=4096)
+def operation_of(function: Callable[..., Any]) -> Operation:
+    """Return what is known of a torch function."""
+    name = plain_name(function)
+    marked: str = getattr(function, "__name__", "")
+    return Operation(
+        name,
+        _ARGUMENTS.get(name, _DEFAULT_ARGUMENTS),
+        saves_nothing=marked in _QUESTIONS,
+        hides_others=marked in _COMPOSITES,
+        in_place=marked in _INPLACE_OPERATORS if marked.startswith("__") else marked.endswith("_"),
+    )
 
 
 def running_checkpoint() -> bool:
@@ -176,16 +152,6 @@ def index_bound(operation: str, source: Tensor) -> int | None:
     return None
 
 
-def _named_tensors(name: str, argument: Any) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(argument, Tensor):
-        yield name, argument
-    elif isinstance(argument, (list, tuple)):
-        for position, item in enumerate(argument):
-            if isinstance(item, Tensor):
-                yield f"{name}{position}", item
-
-
-@functools.lru_cache(maxsize=4096)
 def plain_name(function: Callable[..., Any]) -> str:
     """Return a torch function's name without marks (``add_``, ``__add__`` and ``__iadd__`` are ``add``).
 
@@ -212,25 +178,3 @@ def _is_of_torch(function: Callable[..., Any]) -> bool:
         owner = getattr(function, "__objclass__", None)
         return owner is not None and str(owner.__module__).partition(".")[0] == "torch"
     return str(module).partition(".")[0] == "torch"
-
-
-@functools.cache
-def _without_override_check(function: types.FunctionType) -> Callable[..., Any]:
-    """Return a copy of a `torch.nn.functional` function that does not look for torch-function modes itself.
-
-    With the mode on, the original would hand itself to the mode again, without end.
-    """
-    quiet = {name: _no_override for name in vars(functional) if name.startswith("has_torch_function")}
-    copy = types.FunctionType(
-        function.__code__,
-        {**function.__globals__, **quiet},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
-
-
-def _no_override(*_: Any) -> bool:
-    return False

@@ -15,8 +15,6 @@ from .geometry import Geometry
 if TYPE_CHECKING:
     from .share import StoredStorage
 
-_INPLACE_OPERATORS = frozenset("__iadd__ __isub__ __imul__ __itruediv__ __ipow__".split())
-
 
 class Source(NamedTuple):
     """An argument that has to be stored, or derivable, for the result to be derivable.
@@ -86,14 +84,6 @@ class Recipe(NamedTuple):
         ):
             result: Tensor = self.function(*_fill(self.arguments, tensors), **_fill(self.keywords, tensors))
         return result
-
-
-def changes_first_argument(function: Callable[..., Any], keywords: dict[str, Any]) -> bool:
-    """Whether a torch function works in place."""
-    name: str = getattr(function, "__name__", "")
-    if name.startswith("__"):
-        return name in _INPLACE_OPERATORS
-    return name.endswith("_") or keywords.get("inplace") is True
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:

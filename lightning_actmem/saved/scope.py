@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import types
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import count
 from typing import Any
 
 from torch import nn
@@ -20,14 +22,11 @@ class Frame:
     def __init__(self, layer: str, is_loss: bool = False) -> None:
         self.layer = layer
         self.is_loss = is_loss
-        self._ordinals: dict[tuple[str, str], int] = {}
+        self._ordinals: defaultdict[tuple[str, str], Iterator[int]] = defaultdict(count)
 
     def next_ordinal(self, operation: str, role: str) -> int:
         """Return 0 for the first tensor of this operation and role in the call, then 1, and so on."""
-        name = (operation, role)
-        ordinal = self._ordinals.get(name, 0)
-        self._ordinals[name] = ordinal + 1
-        return ordinal
+        return next(self._ordinals[operation, role])
 
 
 class LayerScope:
@@ -36,20 +35,23 @@ class LayerScope:
     Each submodule gets an instance attribute ``forward`` that notes the call and then runs the module's own
     forward (0.2 us per call, where a forward hook costs 1.4 us). Compiled submodules run suspended instead:
     Python hooks inside a compiled graph would unpack everything at once when its backward starts.
+
+    Attributes:
+        stack: The running module calls, the innermost last.
     """
 
-    def __init__(self, suspend: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(
+        self,
+        suspend: Callable[[], AbstractContextManager[None]],
+        changed: Callable[[dict[str, str]], None] = lambda classes: None,
+    ) -> None:
         self.stack: list[Frame] = [Frame("")]
         self._suspend = suspend
+        self._changed = changed
         self._root: nn.Module | None = None
         self._modules: list[nn.Module] = []
         self._compiled: list[str] = []
         self._calls: list[tuple[dict[str, Any], _ScopedForward | _SuspendedForward]] = []
-
-    @property
-    def frame(self) -> Frame:
-        """The innermost running module call."""
-        return self.stack[-1]
 
     @contextmanager
     def installed(self, root: nn.Module | None) -> Iterator[None]:
@@ -87,7 +89,8 @@ class LayerScope:
         if root is self._root and modules == self._modules:
             return
         self._root, self._modules = root, modules
-        named = () if root is None else root.named_modules()
+        named = [] if root is None else list(root.named_modules())
+        self._changed({layer: type(module).__name__ for layer, module in named})
         skip = "\0"
         self._calls = []
         self._compiled = []

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ReferenceType, ref
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import UntypedStorage
 
 from .geometry import Geometry, extent
 from .handle import AnyPayload, Handle, Kept, Packed, PackedCompact, Reshaped
 from .ledger import Charge
 
 if TYPE_CHECKING:
-    from torch import UntypedStorage
-
     from lightning_actmem_kernels import Layout
 
     from .derive import Outcome
@@ -39,24 +39,28 @@ class _Compact(NamedTuple):
     layout: Layout
 
 
+_NO_OUTCOMES: Mapping[int, Outcome] = MappingProxyType({})
+
+
 class StoredStorage:
     """What is stored of one storage, and how its contents came about.
 
-    The weak reference keeps the storage's identity from being reused by another one, without keeping its memory:
-    an address alone gives wrong gradients as soon as the allocator hands it out again.
+    Attributes:
+        is_empty: Whether nothing has been stored of it yet.
+        outcomes: How its contents came about, by version.
     """
 
-    __slots__ = ("_compacts", "_copies", "_held", "_kept", "_raw", "_segments", "_weak", "outcomes")
+    __slots__ = ("_compacts", "_copies", "_held", "_kept", "_raw", "_segments", "is_empty", "outcomes")
 
-    def __init__(self, storage: UntypedStorage) -> None:
-        self._weak = StorageWeakRef(storage)
+    def __init__(self) -> None:
+        self.is_empty = True
+        self.outcomes: Mapping[int, Outcome] = _NO_OUTCOMES
         self._raw: ReferenceType[Charge] | None = None
         self._held: ReferenceType[Charge] | None = None
         self._kept: ReferenceType[Kept] | None = None
-        self._segments: list[_Segment] = []
-        self._compacts: list[_Compact] = []
-        self._copies: list[tuple[Geometry, ReferenceType[Handle]]] = []
-        self.outcomes: dict[int, Outcome] = {}  # by version
+        self._segments: tuple[_Segment, ...] = ()  # tuples: most storages have none or one of each
+        self._compacts: tuple[_Compact, ...] = ()
+        self._copies: tuple[tuple[Geometry, ReferenceType[Handle]], ...] = ()
 
     def raw_charge(self) -> Charge | None:
         """The charge for the memory that plain autograd would keep alive, while something of it is stored."""
@@ -70,14 +74,20 @@ class StoredStorage:
         """The charge for keeping the storage itself alive, if somebody does."""
         return None if self._held is None else self._held()
 
-    def add_kept(self, handle: Kept, charge: Charge | None) -> None:
-        """Note that a handle keeps the storage itself alive, at this charge if it is autograd's alone."""
-        self._held = None if charge is None else ref(charge)
-        self._kept = ref(handle)
+    def add_kept(self, handle: Kept) -> None:
+        """Note that a handle keeps the storage itself alive."""
+        self.is_empty = False
+        if handle.charge is not None:
+            self._held = ref(handle.charge)
+            if self.raw_charge() is None:
+                self._raw = self._held
+        if handle.versioned:
+            self._kept = ref(handle)
 
     def add_copy(self, geometry: Geometry, handle: Handle) -> None:
         """Note that a handle stands for a contiguous copy of a view, in another shape."""
-        self._copies.append((geometry, ref(handle)))
+        self.is_empty = False
+        self._copies += ((geometry, ref(handle)),)
 
     def find_values(self, geometry: Geometry, least_bits: int) -> Handle | None:
         """Return a handle of a view's values in at least this quality, whatever its strides."""
@@ -118,32 +128,70 @@ class StoredStorage:
 
     def add(self, geometry: Geometry, layout: Layout, payload: AnyPayload) -> Handle:
         """Note a new payload of a view and return its handle."""
+        self.is_empty = False
         if layout.dense:
             stop = geometry.start + layout.numel
-            self._segments.append(_Segment(geometry.version, geometry.dtype, geometry.start, stop, ref(payload)))
+            self._segments += (_Segment(geometry.version, geometry.dtype, geometry.start, stop, ref(payload)),)
             return Packed(payload, geometry.size, geometry.stride, 0)
-        self._compacts.append(_Compact(geometry, ref(payload), layout))
+        self._compacts += (_Compact(geometry, ref(payload), layout),)
         return PackedCompact(payload, layout)
+
+    def add_outcome(self, version: int, outcome: Outcome) -> None:
+        """Note how its contents came about."""
+        self.outcomes = {**self.outcomes, version: outcome}
 
     def add_derived(self, version: int, dtype: torch.dtype, derived: Derived) -> None:
         """Note that the whole storage can be computed; ``derived`` lives as long as somebody holds a handle of it."""
-        self._segments.append(_Segment(version, dtype, 0, derived.numel, ref(derived)))
+        self.is_empty = False
+        self._segments += (_Segment(version, dtype, 0, derived.numel, ref(derived)),)
 
 
 class SharedStorages:
-    """The storages of which something has been stored in this step."""
+    """The storages of which something has been stored in this step.
+
+    A weak reference to each keeps its identity from being reused by another storage, without keeping its memory: an
+    address alone gives wrong gradients as soon as the allocator hands it out again. Where all that is stored is one
+    tensor by reference, its handle does the same, and an entry is made only when there is more to note.
+    """
 
     def __init__(self) -> None:
         self._entries: dict[int, StoredStorage] = {}
+        self._kept: dict[int, ReferenceType[Kept]] = {}
+        self._weak: list[Any] = []  # plain numbers: a StorageWeakRef for each costs 0.4 us more
+        self._free_weak_ref: Any = UntypedStorage._free_weak_ref  # at exit the class may go first
 
     def __getitem__(self, storage: UntypedStorage) -> StoredStorage:
-        entry = self._entries.get(storage._cdata)
+        identity = storage._cdata
+        entry = self._entries.get(identity)
         if entry is None:
-            entry = self._entries[storage._cdata] = StoredStorage(storage)
+            self._weak.append(storage._weak_ref())
+            entry = self._entries[identity] = StoredStorage()
+            kept = self._kept.get(identity)
+            handle = None if kept is None else kept()
+            if handle is not None:
+                entry.add_kept(handle)
         return entry
+
+    def is_known(self, identity: int) -> bool:
+        """Whether anything has been noted of the storage of that identity."""
+        if identity in self._entries:
+            return True
+        kept = self._kept.get(identity)
+        return kept is not None and kept() is not None
+
+    def add_first(self, identity: int, handle: Kept) -> None:
+        """Note the first that is stored of the storage of that identity: a tensor by reference."""
+        self._kept[identity] = ref(handle)
 
     def clear(self) -> None:
         """Forget everything; payloads live on with their handles."""
         for entry in self._entries.values():
-            entry.outcomes.clear()  # recipes and storages refer to each other
+            entry.outcomes = _NO_OUTCOMES  # recipes and storages refer to each other
         self._entries.clear()
+        self._kept.clear()
+        for weak in self._weak:
+            self._free_weak_ref(weak)
+        self._weak.clear()
+
+    def __del__(self) -> None:
+        self.clear()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Site:
+class Site(NamedTuple):
     """A place that saves a tensor: stable across steps, batches and skipped branches.
 
     Args:
@@ -33,20 +32,22 @@ class Site:
         return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
 
 
-class SiteTable:
-    """Every site seen so far, and how often each one has saved a tensor in the current step."""
+class SiteTable(dict[tuple[str, str, str, int], Site]):
+    """Every site seen so far, by its fields, and how often each one has saved a tensor in the current step."""
 
     def __init__(self) -> None:
-        self._sites: dict[tuple[str, str, str, int], tuple[Site, int]] = {}
+        super().__init__()
+        self._streams: dict[Site, int] = {}
         self._calls: dict[Site, int] = {}
 
     def start_step(self) -> None:
         """Forget the calls of the previous step; the sites stay."""
         self._calls.clear()
 
-    def site(self, layer: str, operation: str, role: str, ordinal: int) -> Site:
-        """Return the site of that name, made at its first use."""
-        return self._entry((layer, operation, role, ordinal))[0]
+    def __missing__(self, fields: tuple[str, str, str, int]) -> Site:
+        """Make a site at its first use."""
+        site = self[fields] = Site(*fields)
+        return site
 
     def noise_key(self, site: Site, base: int) -> int:
         """Return a noise key that no other tensor of this step has.
@@ -60,16 +61,11 @@ class SiteTable:
         """
         call = self._calls.get(site, 0)
         self._calls[site] = call + 1
-        stream = self._entry((site.layer, site.operation, site.role, site.ordinal))[1]
+        stream = self._streams.get(site)
+        if stream is None:
+            stream = self._streams[site] = site.stream
         key = mix64(base ^ stream, call)
         return key - (1 << 64) if key >> 63 else key
-
-    def _entry(self, name: tuple[str, str, str, int]) -> tuple[Site, int]:
-        entry = self._sites.get(name)
-        if entry is None:
-            site = Site(*name)
-            entry = self._sites[name] = (site, site.stream)
-        return entry
 
 
 def mix64(*words: int) -> int:

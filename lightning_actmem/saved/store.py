@@ -83,7 +83,21 @@ class Store:
         self._borrowed_seen.add(storage._cdata)
         self._book(verdict, "exact", new_bytes, new_bytes)
         handle = Kept(tensor)
-        self.shared[storage].add_kept(handle, None)  # something may be derived from it
+        if self.shared.is_known(storage._cdata):  # something may be derived from it
+            self.shared[storage].add_kept(handle)
+        else:
+            self.shared.add_first(storage._cdata, handle)
+        return handle
+
+    def put_first(self, tensor: Tensor, storage: UntypedStorage, verdict: Verdict) -> Handle:
+        """Store a tensor of whose storage nothing is known yet."""
+        nbytes = storage.nbytes()
+        if verdict.spec is not None or nbytes >= _CLONE_FACTOR * tensor.nbytes:
+            return self.put(tensor, self.shared[storage], verdict)
+        handle = Kept(tensor, verdict.versioned, Charge(self._ledger, nbytes, nbytes))
+        self.shared.add_first(storage._cdata, handle)
+        elements = nbytes // tensor.element_size()
+        self._ledger.record(self.site(verdict), verdict.kind, "exact", nbytes, nbytes, elements)
         return handle
 
     def keep_opaque(self, tensor: Tensor, verdict: Verdict, nbytes: int) -> Handle:
@@ -93,7 +107,7 @@ class Store:
             return Kept(tensor)
         charge = Charge(self._ledger, saved_bytes=nbytes, raw_bytes=nbytes)
         self._book(verdict, "exact", nbytes, nbytes, nbytes // tensor.element_size())
-        return Kept(tensor, charges=(charge,))
+        return Kept(tensor, charge=charge)
 
     def put(self, tensor: Tensor, entry: StoredStorage, verdict: Verdict) -> Handle:
         """Store a tensor by the verdict's codec, or by reference where that costs no more."""
@@ -101,7 +115,7 @@ class Store:
         layout = Layout.of(tensor)
         site = self.site(verdict)
         spec = verdict.spec
-        if verdict.spec is not None and not verdict.spec.lossless:
+        if verdict.spec is not None and not verdict.spec.lossless and not verdict.pinned:
             spec = self.plan.get(site, spec)
             if self.watch and layout is not None and not _is_no_smaller(verdict.spec, layout, tensor, storage):
                 payload = self.watch.put(tensor, layout, site, verdict, spec)
@@ -113,7 +127,7 @@ class Store:
         if spec is None and verdict.versioned and storage.nbytes() >= _CLONE_FACTOR * tensor.nbytes:
             spec = IDENTITY
         if layout is None or spec is None or _is_no_smaller(spec, layout, tensor, storage):
-            return self._keep(tensor, entry, verdict, site)
+            return self._keep(tensor, storage, entry, verdict, site)
         if verdict.signed is not None and may_fold(spec) and _fills(tensor, layout):
             behind = spec if self.keeps_width or site in self.plan else verdict.signed
             return self._wait_for_relu(tensor, entry, verdict, site, (spec, behind), layout)
@@ -122,13 +136,13 @@ class Store:
     def put_declared(self, tensor: Tensor, verdict: Verdict, declared: Declared) -> Kept | Deferred:
         """Store a tensor that stands in for what plain autograd would save; encode it when nothing may replace it."""
         site, layout, spec = self.site(verdict), Layout.of(tensor), verdict.spec
-        if spec is not None and not spec.lossless:
+        if spec is not None and not spec.lossless and not verdict.pinned:
             spec = self.plan.get(site, spec)
         elements = declared.raw_bytes // tensor.element_size()
         if layout is None or spec is None or _is_no_smaller(spec, layout, tensor, tensor.untyped_storage()):
             held = Charge(self._ledger, saved_bytes=tensor.untyped_storage().nbytes())
             self._ledger.record(site, verdict.kind, "exact", declared.raw_bytes, held.saved_bytes, elements)
-            return Kept(tensor, charges=(held, *declared.charges))
+            return Kept(tensor, charge=held, others=declared.charges)
         self._ledger.record(site, verdict.kind, _label(spec), declared.raw_bytes, 0, elements)
         stream = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
         verdict = verdict._replace(declared=None)  # which holds the result, and so the node that holds the handle
@@ -150,7 +164,8 @@ class Store:
     ) -> Handle:
         """Encode a tensor that is on its site's row already, on the stream that has made it and will read it."""
         with nullcontext() if stream is None else torch.cuda.stream(stream):
-            given = self.watch.put(tensor, layout, site, verdict, spec) if self.watch and not spec.lossless else None
+            watch = None if spec.lossless or verdict.pinned else self.watch
+            given = None if watch is None else watch.put(tensor, layout, site, verdict, spec)
             entry = self.shared[tensor.untyped_storage()]
             if given is not None:
                 return entry.add(Geometry.of(tensor), layout, given)
@@ -171,17 +186,17 @@ class Store:
             raw_bytes += new_bytes
         return tuple(charges), raw_bytes
 
-    def _keep(self, tensor: Tensor, entry: StoredStorage, verdict: Verdict, site: Site) -> Handle:
+    def _keep(
+        self, tensor: Tensor, storage: UntypedStorage, entry: StoredStorage, verdict: Verdict, site: Site
+    ) -> Handle:
         """Keep a tensor by reference; its storage is booked once."""
-        storage = tensor.untyped_storage()
-        raw, raw_bytes = self._raw_charge(storage, entry)
-        held, saved_bytes = entry.held_charge(), 0
+        held, saved_bytes, raw_bytes = entry.held_charge(), 0, 0
         if held is None:
-            saved_bytes = storage.nbytes()
-            held = Charge(self._ledger, saved_bytes=saved_bytes)
-        handle = Kept(tensor, verdict.versioned, (held, raw))
-        if verdict.versioned:
-            entry.add_kept(handle, held)
+            raw, saved_bytes = entry.raw_charge(), storage.nbytes()
+            raw_bytes = saved_bytes if raw is None else 0
+            held = Charge(self._ledger, saved_bytes, raw_bytes, raw=raw)
+        handle = Kept(tensor, verdict.versioned, held)
+        entry.add_kept(handle)
         elements = raw_bytes // tensor.element_size()
         self._ledger.record(site, verdict.kind, "exact", raw_bytes, saved_bytes, elements)
         return handle
@@ -261,17 +276,18 @@ class Store:
 
     def _raw_charge(self, storage: UntypedStorage, entry: StoredStorage) -> tuple[Charge, int]:
         charge = entry.raw_charge()
-        if charge is not None:
-            return charge, 0
-        charge = Charge(self._ledger, raw_bytes=storage.nbytes())
+        if charge is None:
+            charge, raw_bytes = Charge(self._ledger, raw_bytes=storage.nbytes()), storage.nbytes()
+        else:
+            charge, raw_bytes = charge.raw_alone(), 0
         entry.set_raw_charge(charge)
-        return charge, storage.nbytes()
+        return charge, raw_bytes
 
     def site(self, verdict: Verdict) -> Site:
         """Return the site of the tensor that is being saved; one call for each tensor."""
-        frame = self._scope.frame
+        frame = self._scope.stack[-1]
         ordinal = frame.next_ordinal(verdict.operation, verdict.role)
-        return self._sites.site(frame.layer, verdict.operation, verdict.role, ordinal)
+        return self._sites[frame.layer, verdict.operation, verdict.role, ordinal]
 
     def _book(self, verdict: Verdict, codec: str, raw_bytes: int = 0, saved_bytes: int = 0, elements: int = 0) -> None:
         self._ledger.record(self.site(verdict), verdict.kind, codec, raw_bytes, saved_bytes, elements)

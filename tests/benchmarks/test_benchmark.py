@@ -102,10 +102,12 @@ def test_other_settings_are_noted() -> None:
 
 
 def test_overhead_per_operation() -> None:
-    plain, packed = memory.measure("chain", repeats=1)
+    plain, *packed = memory.measure("chain", repeats=1)
+    assert [row.bits for row in packed] == [32, 4]
     assert (plain.us_per_op or 0) == pytest.approx(1e3 * plain.step_ms / CHAIN_OPERATIONS, abs=0.01)
-    assert packed.bits == 32
-    assert packed.stored_bytes == plain.stored_bytes
+    assert all(row.stored_bytes == plain.stored_bytes for row in packed)
+    line = memory.overhead([plain, *packed])
+    assert f"{(packed[1].us_per_op or 0) - (plain.us_per_op or 0):.1f} us at bits=4" in line
 
 
 def test_the_program_appends_to_the_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,7 +117,7 @@ def test_the_program_appends_to_the_csv(tmp_path: Path, capsys: pytest.CaptureFi
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS
-    assert [row["method"] for row in rows] == ["plain", "actmem"] * 2
+    assert [row["method"] for row in rows] == ["plain", "actmem", "actmem"] * 2
     assert "overhead per operation" in capsys.readouterr().out
 
 

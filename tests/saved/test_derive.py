@@ -16,7 +16,10 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_actmem import ActMemEngine
 from lightning_actmem.saved import derive
-from lightning_actmem.saved.operation import plain_name
+from lightning_actmem.saved.handle import DecodeCache, Kept
+from lightning_actmem.saved.operation import operation_of, plain_name
+from lightning_actmem.saved.share import SharedStorages
+from lightning_actmem.saved.tracker import Call
 from tests import models
 from tests.saved.chains import CASTS, CHAINS, IN_OTHER_TESTS, WITHOUT_INPUT, Layers, gelu_new, in_place_block, sequence
 
@@ -300,3 +303,14 @@ def test_sites_and_random_streams_are_as_without(config: dict[str, Any]) -> None
     torch.set_rng_state(state)
     F.dropout(F.gelu(m.fc(sequence(x * 1))), 0.5)
     assert torch.equal(packed, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("min_elements", "noted"), [(16, True), (17, False)])
+def test_results_too_small_to_be_packed_are_not_noted(min_elements: int, noted: bool) -> None:
+    shared = SharedStorages()
+    deriver = derive.Deriver(shared, DecodeCache(), Kept, min_elements)
+    x = torch.randn(16, requires_grad=True)
+    call = Call(operation_of(torch.relu), torch.relu, (x,), {})
+    result = torch.relu(x)
+    deriver.after(call, result)
+    assert shared.is_known(result.untyped_storage()._cdata) is noted

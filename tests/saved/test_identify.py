@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -220,3 +221,17 @@ def test_patterns_keep_layers_and_operations_exact(patterns: tuple[str, ...], ex
     kinds = {site.layer: row.kind for site, row in engine.ledger.sites.items() if site.role == "input"}
     assert {layer for layer, kind in kinds.items() if kind == "excluded"} == exact
     assert {layer for layer, kind in kinds.items() if kind == "packed"} == {"norm", "", "deep.1"} - exact
+
+
+def test_the_history_of_a_computed_result_is_left_alone() -> None:
+    """Reading ``grad_fn`` made an object for every tensor saved, which autograd kept as long as the graph."""
+
+    def nodes() -> int:
+        return sum(type(thing).__name__ == "TanhBackward0" for thing in gc.get_objects())
+
+    x = torch.randn(8, requires_grad=True)
+    before = nodes()
+    with ActMemEngine(bits=32).compress():
+        y = x.tanh().tanh()
+        assert nodes() == before
+    y.sum().backward()

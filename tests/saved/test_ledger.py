@@ -30,6 +30,29 @@ def test_a_step_starts_from_what_is_alive() -> None:
     assert (ledger.peak_saved_bytes, ledger.sites) == (alive.saved_bytes, {})
 
 
+def test_raw_bytes_can_outlive_what_is_stored() -> None:
+    ledger = Ledger()
+    held = Charge(ledger, saved_bytes=10, raw_bytes=80)
+    raw = held.raw_alone()
+    assert held.raw_alone() is raw
+    assert raw.raw_alone() is raw
+    assert (ledger.live_saved_bytes, ledger.live_raw_bytes) == (10, 80)
+    del held
+    ledger.settle()
+    assert (ledger.live_saved_bytes, ledger.live_raw_bytes) == (0, 80)
+    del raw
+    ledger.settle()
+    assert ledger.live_raw_bytes == 0
+
+
+def test_what_is_stored_keeps_its_raw_bytes() -> None:
+    ledger = Ledger()
+    held = Charge(ledger, saved_bytes=10, raw_bytes=80)
+    held.raw_alone()
+    ledger.settle()
+    assert (ledger.live_saved_bytes, ledger.live_raw_bytes) == (held.saved_bytes, 80)
+
+
 def test_rows_add_up() -> None:
     ledger = Ledger()
     site = Site("a", "gelu", "input", 0)

@@ -1,4 +1,4 @@
-"""The operation tracker: names, arguments, and operations hidden in others."""
+"""What is known of operations."""
 
 from __future__ import annotations
 
@@ -8,75 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_actmem.saved import operation as ops
-from lightning_actmem.saved.operation import OperationTracker, bears_rounding, index_bound
-
-
-def names_seen(step: Callable[[Tensor], Any]) -> list[str]:
-    """Return the operation's name at every tensor that autograd saves."""
-    tracker = OperationTracker()
-    seen: list[str] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        seen.append(tracker.name())
-        return tensor.detach()
-
-    x = torch.randn(4, 8, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), tracker:
-        step(x)
-    assert tracker.name() == ""
-    return list(dict.fromkeys(seen))
-
-
-@pytest.mark.parametrize(
-    ("step", "names"),
-    [
-        (lambda x: x * x, ["mul"]),
-        (lambda x: x @ x.t(), ["matmul"]),
-        (lambda x: x.detach() @ x.t(), ["matmul"]),
-        (lambda x: 2.0**x, ["rpow"]),
-        (lambda x: x**2, ["pow"]),
-        (lambda x: 2 * x * x, ["mul"]),
-        (lambda x: x.clone().mul_(x), ["mul"]),
-        (lambda x: x.sigmoid(), ["sigmoid"]),
-        (lambda x: F.relu(x), ["relu"]),
-        (lambda x: F.relu(x.clone(), inplace=True), ["relu"]),
-        (lambda x: torch.einsum("ij,kj->ik", x, x), ["einsum"]),
-        (lambda x: F.max_pool1d(x, 2), ["max_pool1d"]),
-        (lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None]), ["scaled_dot_product_attention"]),
-        (lambda x: nn.MultiheadAttention(8, 2)(x, x, x), ["linear", "bmm", "softmax"]),
-        (
-            lambda x: nn.MultiheadAttention(8, 2)(x, x, x, need_weights=False),
-            ["linear", "scaled_dot_product_attention"],
-        ),
-    ],
-)
-def test_names(step: Callable[[Tensor], Any], names: list[str]) -> None:
-    seen = names_seen(step)
-    assert [name for name in seen if name in names] == names
-    assert set(seen) <= {*names, "mul", "view", "transpose"}
-
-
-def test_an_exception_in_an_operation_ends_it() -> None:
-    tracker = OperationTracker()
-    with tracker, pytest.raises(RuntimeError):
-        torch.ones(2) @ torch.ones(3)
-    assert tracker.function is None
-    assert tracker.arguments == ()
-
-
-def test_tensor_arguments_are_named() -> None:
-    tracker = OperationTracker()
-    tracker.function, tracker.arguments, tracker.keywords = (
-        F.linear,
-        (torch.ones(1), torch.ones(2)),
-        {"bias": torch.ones(3)},
-    )
-    assert [(name, len(t)) for name, t in tracker.tensor_arguments()] == [("input", 1), ("weight", 2), ("bias", 3)]
-    tracker.function, tracker.arguments, tracker.keywords = torch.cat, ([torch.ones(1), torch.ones(2)],), {}
-    assert [(name, len(t)) for name, t in tracker.tensor_arguments()] == [("input0", 1), ("input1", 2)]
+from lightning_actmem.saved.operation import bears_rounding, index_bound, operation_of
 
 
 @pytest.mark.parametrize(
@@ -116,3 +51,23 @@ def test_no_operation_is_both_packable_and_exact() -> None:
 )
 def test_index_bounds(operation: str, shape: tuple[int, ...], bound: int | None) -> None:
     assert index_bound(operation, torch.empty(shape)) == bound
+
+
+@pytest.mark.parametrize(
+    ("function", "in_place"),
+    [
+        (Tensor.add_, True),
+        (Tensor.__iadd__, True),
+        (Tensor.__add__, False),
+        (torch.relu, False),
+        (F.relu_, True),
+    ],
+)
+def test_operations_in_place_are_known(function: Callable[..., Any], in_place: bool) -> None:
+    assert operation_of(function).in_place is in_place
+
+
+def test_questions_to_a_tensor_save_nothing() -> None:
+    asked = [Tensor.shape.__get__, Tensor.dim, Tensor.size, Tensor.__len__]
+    assert all(operation_of(function).saves_nothing for function in asked)
+    assert not any(operation_of(function).saves_nothing for function in [torch.relu, Tensor.mul, F.linear])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_actmem.saved.recipe import Autocast, Recipe, changes_first_argument, tensors_of, with_slots
+from lightning_actmem.saved.recipe import Autocast, Recipe, tensors_of, with_slots
 
 A, B = torch.randn(4, 4), torch.randn(4, 4)
 CALLS: list[tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]] = [
@@ -42,21 +42,6 @@ def test_an_operation_in_place_runs_on_a_copy() -> None:
     before = A.clone()
     assert torch.equal(Recipe(Tensor.mul_, slots, {}, state, inplace=True).run([A]), before * 2)
     assert torch.equal(A, before)
-
-
-@pytest.mark.parametrize(
-    ("function", "keywords", "inplace"),
-    [
-        (Tensor.add_, {}, True),
-        (Tensor.__iadd__, {}, True),
-        (Tensor.__add__, {}, False),
-        (F.relu, {"inplace": True}, True),
-        (F.relu, {"inplace": False}, False),
-        (torch.relu, {}, False),
-    ],
-)
-def test_operations_in_place_are_known(function: Any, keywords: dict[str, Any], inplace: bool) -> None:
-    assert changes_first_argument(function, keywords) is inplace
 
 
 def test_autocast_is_none_where_there_is_none() -> None:

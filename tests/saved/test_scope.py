@@ -25,7 +25,7 @@ class Probe(nn.Module):
         self.seen: list[str] = []
 
     def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
-        self.seen.append(self.scope[0].frame.layer)
+        self.seen.append(self.scope[0].stack[-1].layer)
         if self.fail:
             raise ValueError("stop")
         return x * scale
@@ -48,7 +48,7 @@ def test_paths_inside_nested_repeated_and_shared_calls(scope: LayerScope) -> Non
     with scope.installed(model):
         model(torch.ones(1))
         model(torch.ones(1))
-        assert scope.frame.layer == ""
+        assert scope.stack[-1].layer == ""
     assert shared.seen == ["0"] * 4  # its first name
     assert model[1][0].seen == ["1.0"] * 2
 
@@ -59,7 +59,7 @@ def test_nothing_is_left_on_the_modules_even_after_an_exception(scope: LayerScop
     with pytest.raises(ValueError, match="stop"), scope.installed(model):
         model(torch.ones(1))
     assert [set(vars(module)) for module in model.modules()] == before
-    assert scope.frame.layer == ""
+    assert scope.stack[-1].layer == ""
 
 
 def test_the_path_is_right_again_after_a_caught_exception(scope: LayerScope) -> None:
@@ -67,7 +67,7 @@ def test_the_path_is_right_again_after_a_caught_exception(scope: LayerScope) -> 
     with scope.installed(model):
         with pytest.raises(ValueError, match="stop"):
             model(torch.ones(1))
-        assert scope.frame.layer == ""
+        assert scope.stack[-1].layer == ""
 
 
 def test_a_forward_of_the_users_own_on_the_instance_runs_and_comes_back(scope: LayerScope) -> None:
@@ -141,18 +141,18 @@ def test_compiled_modules_run_suspended() -> None:
 def test_loss_modules_are_marked(scope: LayerScope) -> None:
     class DiceLoss(Probe):
         def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-            assert self.scope[0].frame.is_loss
+            assert self.scope[0].stack[-1].is_loss
             return x
 
     model = nn.Sequential(DiceLoss(scope))
     with scope.installed(model):
         model(torch.ones(1))
-        assert not scope.frame.is_loss
+        assert not scope.stack[-1].is_loss
 
 
 def test_ordinals_count_within_one_call(scope: LayerScope) -> None:
     with scope.installed(nn.Identity()):
-        assert [scope.frame.next_ordinal("mul", "input") for _ in range(3)] == [0, 1, 2]
-        assert scope.frame.next_ordinal("mul", "other") == 0
+        assert [scope.stack[-1].next_ordinal("mul", "input") for _ in range(3)] == [0, 1, 2]
+        assert scope.stack[-1].next_ordinal("mul", "other") == 0
     with scope.installed(nn.Identity()):
-        assert scope.frame.next_ordinal("mul", "input") == 0
+        assert scope.stack[-1].next_ordinal("mul", "input") == 0

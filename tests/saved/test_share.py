@@ -113,8 +113,9 @@ def test_a_storage_kept_alive_serves_every_view_by_reference() -> None:
     base = torch.randn(512)
     shared = SharedStorages()
     charge = Charge(Ledger(), saved_bytes=base.nbytes)
-    kept = Kept(base, charges=(charge,))
-    shared[base.untyped_storage()].add_kept(kept, charge)
+    kept = Kept(base, charge=charge)
+    shared[base.untyped_storage()].add_kept(kept)
+    assert find(shared, base) is kept
     found = find(shared, base[3:9], least_bits=EXACT_BITS)
     assert isinstance(found, Kept)
     assert found.restore().data_ptr() == base[3:].data_ptr()
@@ -159,3 +160,29 @@ def test_extent_is_the_reach_of_a_view(dims: list[tuple[int, int]]) -> None:
     offsets = torch.arange(1 + sum((n - 1) * s for n, s in dims)).as_strided(size, stride)
     assert extent(size, stride) == int(offsets.max()) + 1
     assert extent((*size, 0), (*stride, 1)) == 0
+
+
+def test_a_first_kept_tensor_is_known_while_its_handle_lives() -> None:
+    base = torch.randn(8)
+    identity = base.untyped_storage()._cdata
+    shared = SharedStorages()
+    assert not shared.is_known(identity)
+    kept = Kept(base, charge=Charge(Ledger(), saved_bytes=base.nbytes, raw_bytes=base.nbytes))
+    shared.add_first(identity, kept)
+    assert shared.is_known(identity)
+    del kept
+    assert not shared.is_known(identity)  # the storage may be gone, and its identity be another's
+
+
+def test_an_entry_takes_over_what_is_kept() -> None:
+    base = torch.randn(8)
+    shared = SharedStorages()
+    charge = Charge(Ledger(), saved_bytes=base.nbytes, raw_bytes=base.nbytes)
+    kept = Kept(base, charge=charge)
+    shared.add_first(base.untyped_storage()._cdata, kept)
+    entry = shared[base.untyped_storage()]
+    assert find(shared, base, least_bits=EXACT_BITS) is kept
+    assert entry.held_charge() is charge
+    assert entry.raw_charge() is charge
+    shared.clear()
+    assert not shared.is_known(base.untyped_storage()._cdata)

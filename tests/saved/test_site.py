@@ -15,8 +15,8 @@ def test_site_reads_like_a_path() -> None:
 
 def test_a_site_is_made_once() -> None:
     table = SiteTable()
-    assert table.site("a", "gelu", "input", 0) is table.site("a", "gelu", "input", 0)
-    assert table.site("a", "gelu", "input", 0) is not table.site("a", "gelu", "input", 1)
+    assert table["a", "gelu", "input", 0] is table["a", "gelu", "input", 0]
+    assert table["a", "gelu", "input", 0] is not table["a", "gelu", "input", 1]
 
 
 def test_keys_differ_between_sites_calls_and_steps_and_repeat_with_the_step() -> None:
@@ -30,7 +30,7 @@ def test_keys_differ_between_sites_calls_and_steps_and_repeat_with_the_step() ->
     runs = []
     for step in (1, 2, 1):
         table.start_step()
-        runs.append([table.noise_key(table.site(*name), mix64(0, 0, step)) for name in names for _ in range(3)])
+        runs.append([table.noise_key(table[name], mix64(0, 0, step)) for name in names for _ in range(3)])
     assert len({*runs[0], *runs[1]}) == 2 * len(names) * 3
     assert runs[2] == runs[0]
     assert all(-(2**63) <= key < 2**63 for run in runs for key in run)
@@ -39,7 +39,7 @@ def test_keys_differ_between_sites_calls_and_steps_and_repeat_with_the_step() ->
 def test_a_skipped_site_leaves_the_noise_of_the_others_alone() -> None:
     """A global counter would shift every later tensor's noise when a branch is skipped."""
     table = SiteTable()
-    first, second = table.site("a", "gelu", "input", 0), table.site("b", "gelu", "input", 0)
+    first, second = table["a", "gelu", "input", 0], table["b", "gelu", "input", 0]
     table.start_step()
     table.noise_key(first, 7)
     with_first = table.noise_key(second, 7)

@@ -5,6 +5,9 @@ A grid whose minimum is rounded down and whose step is rounded up still covers i
 
 from __future__ import annotations
 
+from fractions import Fraction
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -43,6 +46,13 @@ def round_nearest(x: Tensor) -> Tensor:
     return (bits + ((bits >> 16) & 1) + 0x7FFF) & HIGH_HALF
 
 
+@lru_cache
+def reciprocal_below(n: int) -> float:
+    """Largest float32 not above 1 / n, so that a span of exactly n steps of few bits rounds up to that step."""
+    nearest = torch.tensor(1.0 / n)
+    return float(nearest if Fraction(float(nearest)) * n <= 1 else torch.nextafter(nearest, torch.tensor(0.0)))
+
+
 def step_bits(span: Tensor, intervals: int) -> Tensor:
     """Smallest bfloat16 step of which `intervals` cover `span`: 0, or in [2**-118, 2**126], or NaN beyond.
 
@@ -53,8 +63,7 @@ def step_bits(span: Tensor, intervals: int) -> Tensor:
     Returns:
         int32, the bits of a float32 whose low half is zero.
     """
-    # By a tensor: CUDA divides by a Python number by multiplying with its reciprocal.
-    step = span / torch.full_like(span, intervals)
+    step = span * reciprocal_below(intervals)
     rounded_up = (step.view(torch.int32) + LOW_HALF) & HIGH_HALF
     # A denormal step could not be inverted: 1 / step would be inf.
     rounded_up = torch.where(span > 0, rounded_up.clamp_min(SMALLEST_STEP_BITS), 0)

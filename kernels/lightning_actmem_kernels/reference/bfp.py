@@ -16,12 +16,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..noise import noise_bytes
-from .bf16 import LOW_HALF
+from ..noise import noise_of, words_by_chunk
 from .bits import pack, unpack
-from .chunks import group_chunks, group_count, load_groups, store_groups
+from .chunks import group_chunks, group_count, groups_of, load_groups, store
 from .compiled import run
 from .exponent import NO_SCALE, exponent_bytes, inverse, scale
+from .memory import empty
 from .uniform import MAGIC
 
 
@@ -46,9 +46,10 @@ def encode(flat: Tensor, bits: int, group_size: int, rounding: str, key: int) ->
     groups = group_count(flat.numel(), group_size)
     codes = torch.empty(groups, bits, group_size // 8, dtype=torch.uint8, device=flat.device)
     exponents = torch.empty(groups, dtype=torch.uint8, device=flat.device)
-    for first, last in group_chunks(flat.numel(), group_size, flat.device):
+    chunks = group_chunks(flat.numel(), group_size, flat.device)
+    for first, last, words in words_by_chunk(key, chunks, flat.device):
         x = load_groups(flat, first, last, group_size)
-        codes[first:last], exponents[first:last] = run(encode_groups, (x,), (bits, rounding), x.numel(), key, first)
+        codes[first:last], exponents[first:last] = run(encode_groups, (x, words), (bits, rounding), x.numel())
     return codes, exponents
 
 
@@ -70,39 +71,35 @@ def decode(
         1-D tensor of n elements.
     """
     group_size = 8 * codes.shape[2]
-    flat = torch.empty(numel, dtype=dtype, device=codes.device)
-    for first, last in group_chunks(numel, group_size, codes.device):
-        data = (codes[first:last], exponents[first:last])
-        values = run(decode_groups, data, (bits, rounding), (last - first) * group_size, key, first)
-        store_groups(values, flat, first)
+    flat = empty(numel, dtype, codes.device)
+    for first, last, words in words_by_chunk(key, group_chunks(numel, group_size, codes.device), codes.device):
+        with groups_of(flat, first, last, group_size) as out:
+            run(decode_groups, (codes[first:last], exponents[first:last], words, out), (bits, rounding), out.numel())
     return flat
 
 
-def encode_groups(x: Tensor, bits: int, rounding: str, key: int | Tensor, first: int | Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and exponents of groups x [R, G], `first` being the index of the first one; x is not written to."""
-    groups, group_size = x.shape
+def encode_groups(x: Tensor, words: Tensor, bits: int, rounding: str) -> tuple[Tensor, Tensor]:
+    """Codes and exponents of groups x [R, G], which is not written to, with the words of `group_words`."""
+    x = x.to(torch.float32)
     top = largest_mantissa(bits)
     exponents = exponent_bytes(x, top)
     # The magic number leaves v + 256 L in the low half of the mantissa; the product is exact.
-    v = (x * inverse(exponents, 8)).add_(MAGIC + 256 * top).view(torch.int32).bitwise_and_(LOW_HALF)
-    if rounding == "nearest":
-        v.add_(128)
-    else:
-        v.add_(noise_bytes(key, first, groups, group_size, x.device))
+    v = (x * inverse(exponents, 8)).add_(MAGIC + 256 * top).view(torch.int32)
+    v.add_(128 if rounding == "nearest" else noise_of(words, x.shape[1]))
     codes = pack(v.bitwise_right_shift_(8).to(torch.uint8), bits)
     # A group without a step stores zeros.
     return codes.mul_((exponents < NO_SCALE).view(-1, 1, 1)), exponents
 
 
-def decode_groups(
-    codes: Tensor, exponents: Tensor, bits: int, rounding: str, key: int | Tensor, first: int | Tensor
-) -> Tensor:
-    """Values, float32 [R, G], of what `encode_groups` returned."""
+def decode_groups(codes: Tensor, exponents: Tensor, words: Tensor, out: Tensor, bits: int, rounding: str) -> None:
+    """Write the values of what `encode_groups` returned to `out` [R, G]."""
     top = largest_mantissa(bits)
     q = unpack(codes, bits).to(torch.float32)
-    if rounding != "dither":
-        return q.sub_(top).mul_(scale(exponents))
-    fine = scale(exponents, -8)
-    q.mul_(256.0).add_(255.0 - 256 * top).sub_(noise_bytes(key, first, q.shape[0], q.shape[1], codes.device))
-    # 0 - ..., so that a group of zeros comes back without signs.
-    return q.mul_(fine).add_(0.0 - fine * 127.5)
+    if rounding == "dither":
+        fine = scale(exponents, -8)
+        q.sub_(top).mul_(256.0).add_(noise_of(words, out.shape[1]).bitwise_not_())
+        # 0 - ..., so that a group of zeros comes back without signs.
+        q.mul_(fine).add_(0.0 - fine * 127.5)
+    else:
+        q.sub_(top).mul_(scale(exponents))
+    store(q, out)

@@ -44,8 +44,15 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     """
     if 8 % bits:
         return _unpack_straddling(packed, bits).view(packed.shape[0], -1)
-    places = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device).unsqueeze(1)
-    return (packed.unsqueeze(2) >> places).bitwise_and_((1 << bits) - 1).view(packed.shape[0], -1)
+    if torch.compiler.is_compiling():
+        places = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device).unsqueeze(1)
+        planes = packed.unsqueeze(2) >> places
+    else:
+        # A tensor of shifts is slower, 9 instead of 5 ms for 16 million codes, but the compiler takes no `out`.
+        planes = packed.new_empty(packed.shape[0], bits, 8 // bits, packed.shape[2])
+        for place in range(8 // bits):
+            torch.bitwise_right_shift(packed, bits * place, out=planes[:, :, place])
+    return planes.bitwise_and_((1 << bits) - 1).view(packed.shape[0], -1)
 
 
 def _pack_straddling(planes: Tensor, bits: int) -> Tensor:

@@ -1,6 +1,6 @@
 """The reference compiled by torch.compile, on CPUs with a C++ compiler, once enough work has passed to pay for it.
 
-Compiling a codec takes 2 to 10 s and then saves 1 to 3 s per thousand million elements. So the first `AFTER_ELEMENTS`
+Compiling a codec takes 2 to 10 s and then saves about 1 s per thousand million elements. So the first `AFTER_ELEMENTS`
 of each combination of codec, bits and rounding run eagerly, and short runs never compile. The bits are the same either
 way: the compiled code contracts no product and sum into one rounding.
 """
@@ -57,26 +57,25 @@ def cpu_path() -> str:
     return f"compiled: {len(_state.functions)} functions"
 
 
-def run(function: _Function, data: tuple[Tensor, ...], constants: tuple[Any, ...], elements: int, *scalars: int) -> Any:
-    """Call `function(*data, *constants, *scalars)`, compiled if that pays.
+def run(function: _Function, data: tuple[Tensor, ...], constants: tuple[Any, ...], elements: int) -> Any:
+    """Call `function(*data, *constants)`, compiled if that pays.
 
     Args:
-        function: Works on a chunk of groups, and takes each scalar as int or as int64 tensor.
+        function: Works on a chunk of groups.
         data: Tensors, which must be on one device.
         constants: What the function may be compiled for.
         elements: Elements of the chunk; only full chunks are compiled for, so that one shape serves all.
-        scalars: What changes from call to call.
     """
     if data[0].device.type == "cpu" and elements == CHUNK_ELEMENTS_CPU and not _state.failure and _has_compiler():
-        case = (function, constants, *(t.shape for t in data))
+        case = (function, constants, *((t.shape, t.dtype) for t in data))
         compiled = _state.functions.get(case)
         if compiled is None and _state.seen[case] >= AFTER_ELEMENTS:
             compiled = torch.compile(function, dynamic=False, fullgraph=True, options=_OPTIONS)
             compiled = _state.functions[case] = _guarded(function, compiled)
         if compiled is not None:
-            return compiled(*data, *constants, *map(torch.tensor, scalars))
+            return compiled(*data, *constants)
         _state.seen[case] += elements
-    return function(*data, *constants, *scalars)
+    return function(*data, *constants)
 
 
 def _guarded(function: _Function, compiled: _Function) -> _Function:

@@ -15,11 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..noise import noise_bytes
-from .bf16 import LOW_HALF
+from ..noise import noise_of, words_by_chunk
 from .bits import pack, unpack
-from .chunks import group_chunks, group_count, load_groups, store_groups
+from .chunks import group_chunks, group_count, groups_of, load_groups, store
 from .compiled import run
+from .memory import empty
 from .uniform import MAGIC
 
 
@@ -68,9 +68,10 @@ def encode(flat: Tensor, bits: int, group_size: int, low: float, high: float, ro
     groups = group_count(flat.numel(), group_size)
     grid = Grid.of(low, high, bits, rounding)
     codes = torch.empty(groups, bits, group_size // 8, dtype=torch.uint8, device=flat.device)
-    for first, last in group_chunks(flat.numel(), group_size, flat.device):
+    chunks = group_chunks(flat.numel(), group_size, flat.device)
+    for first, last, words in words_by_chunk(key, chunks, flat.device):
         x = load_groups(flat, first, last, group_size)
-        codes[first:last] = run(encode_groups, (x,), (grid, bits, rounding), x.numel(), key, first)
+        codes[first:last] = run(encode_groups, (x, words), (grid, bits, rounding), x.numel())
     return codes
 
 
@@ -94,34 +95,29 @@ def decode(
     """
     group_size = 8 * codes.shape[2]
     grid = Grid.of(low, high, bits, rounding)
-    flat = torch.empty(numel, dtype=dtype, device=codes.device)
-    for first, last in group_chunks(numel, group_size, codes.device):
-        elements = (last - first) * group_size
-        values = run(decode_groups, (codes[first:last],), (grid, bits, rounding), elements, key, first)
-        store_groups(values, flat, first)
+    flat = empty(numel, dtype, codes.device)
+    for first, last, words in words_by_chunk(key, group_chunks(numel, group_size, codes.device), codes.device):
+        with groups_of(flat, first, last, group_size) as out:
+            run(decode_groups, (codes[first:last], words, out), (grid, bits, rounding), out.numel())
     return flat
 
 
-def encode_groups(x: Tensor, grid: Grid, bits: int, rounding: str, key: int | Tensor, first: int | Tensor) -> Tensor:
-    """Codes of groups x [R, G], `first` being the index of the first one; x is not written to."""
+def encode_groups(x: Tensor, words: Tensor, grid: Grid, bits: int, rounding: str) -> Tensor:
+    """Codes of groups x [R, G], which is not written to, with the words of `group_words`."""
+    x = x.to(torch.float32)
     # NaN is not above low. At high, v is 256 times the top level exactly, once rounded to an integer.
     x = torch.where(x > grid.low, x, grid.low).clamp_(max=grid.high)
-    v = x.sub_(grid.low).mul_(grid.scale).add_(MAGIC).view(torch.int32).bitwise_and_(LOW_HALF)
-    if rounding == "nearest":
-        v.add_(128)
-    else:
-        v.add_(noise_bytes(key, first, x.shape[0], x.shape[1], x.device))
+    v = x.sub_(grid.low).mul_(grid.scale).add_(MAGIC).view(torch.int32)
+    v.add_(128 if rounding == "nearest" else noise_of(words, x.shape[1]))
     return pack(v.bitwise_right_shift_(8).to(torch.uint8), bits)
 
 
-def decode_groups(
-    codes: Tensor, grid: Grid, bits: int, rounding: str, key: int | Tensor, first: int | Tensor
-) -> Tensor:
-    """Values, float32 [R, G], of what `encode_groups` returned."""
+def decode_groups(codes: Tensor, words: Tensor, out: Tensor, grid: Grid, bits: int, rounding: str) -> None:
+    """Write the values of what `encode_groups` returned to `out` [R, G]."""
     q = unpack(codes, bits).to(torch.float32)
     if rounding == "dither":
-        q.mul_(256.0).add_(255.0).sub_(noise_bytes(key, first, q.shape[0], q.shape[1], codes.device))
-    return q.mul_(grid.factor).add_(grid.offset)
+        q.mul_(256.0).add_(noise_of(words, out.shape[1]).bitwise_not_())
+    store(q.mul_(grid.factor).add_(grid.offset), out)
 
 
 def _float32(value: float) -> float:

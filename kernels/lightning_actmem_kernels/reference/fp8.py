@@ -21,10 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..noise import noise_bytes
-from .chunks import group_chunks, group_count, load_groups, store_groups
+from ..noise import noise_of, words_by_chunk
+from .chunks import group_chunks, group_count, groups_of, load_groups, store
 from .compiled import run
 from .exponent import MAGNITUDE, NO_SCALE, exponent_bytes, inverse, scale
+from .memory import empty
 
 
 class Format(NamedTuple):
@@ -80,9 +81,10 @@ def encode(flat: Tensor, name: str, group_size: int, rounding: str, key: int) ->
     groups = group_count(flat.numel(), group_size)
     codes = torch.empty(groups, 8, group_size // 8, dtype=torch.uint8, device=flat.device)
     exponents = torch.empty(groups, dtype=torch.uint8, device=flat.device)
-    for first, last in group_chunks(flat.numel(), group_size, flat.device):
+    chunks = group_chunks(flat.numel(), group_size, flat.device)
+    for first, last, words in words_by_chunk(key, chunks, flat.device):
         x = load_groups(flat, first, last, group_size)
-        found, exponents[first:last] = run(encode_groups, (x,), (name, rounding), x.numel(), key, first)
+        found, exponents[first:last] = run(encode_groups, (x, words), (name, rounding), x.numel())
         codes[first:last] = found.view(last - first, 8, -1)
     return codes, exponents
 
@@ -101,14 +103,16 @@ def decode(codes: Tensor, exponents: Tensor, name: str, numel: int, dtype: torch
         1-D tensor of n elements.
     """
     group_size = 8 * codes.shape[2]
-    flat = torch.empty(numel, dtype=dtype, device=codes.device)
+    flat = empty(numel, dtype, codes.device)
     for first, last in group_chunks(numel, group_size, codes.device):
-        store_groups(decode_groups(codes[first:last].view(-1, group_size), exponents[first:last], name), flat, first)
+        with groups_of(flat, first, last, group_size) as out:
+            store(decode_groups(codes[first:last].view(-1, group_size), exponents[first:last], name), out)
     return flat
 
 
-def encode_groups(x: Tensor, name: str, rounding: str, key: int | Tensor, first: int | Tensor) -> tuple[Tensor, Tensor]:
-    """Codes [R, G] and exponents of groups x [R, G], `first` being the index of the first one."""
+def encode_groups(x: Tensor, words: Tensor, name: str, rounding: str) -> tuple[Tensor, Tensor]:
+    """Codes [R, G] and exponents of groups x [R, G], with the words of `group_words`."""
+    x = x.to(torch.float32)
     form = FORMATS[name]
     exponents = exponent_bytes(x, form.largest)
     scaled = (x * inverse(exponents)).view(torch.int32)
@@ -119,7 +123,7 @@ def encode_groups(x: Tensor, name: str, rounding: str, key: int | Tensor, first:
     if rounding == "nearest":
         bits = bits + ((bits >> form.dropped) & 1) + ((1 << form.dropped - 1) - 1)
     else:
-        noise = noise_bytes(key, first, x.shape[0], x.shape[1], x.device)
+        noise = noise_of(words, x.shape[1]).to(torch.int32)
         bits = bits + (noise << form.dropped - 8) + (1 << form.dropped - 9)
     codes = (bits >> form.dropped).sub_(form.rebias).sub_(small.to(torch.int32) * form.one)
     codes.bitwise_or_((scaled >> 24) & 0x80)

@@ -2,10 +2,12 @@
 
 For ReLU outputs: backward reads their sign, so a value that crosses zero is not a small error but a wrong gradient.
 Level 0 means x <= 0. With M the group maximum and step = M / (2**bits - 2) rounded up to bfloat16, for x > 0:
-    encode: q = 1 + floor(x / step + u)
-    decode: max((q - 1 + 1/2 - u) * step, floor)   (dither)   or   max((q - 1) * step, floor)   (stochastic, nearest)
-with floor = max(step / 32, smallest normal number of the dtype) so that no cast can return to zero. A group that holds
-NaN or inf decodes to NaN throughout; at the ends of the floating-point range it does as uniform.py does.
+    encode: v = 256 x / step rounded to nearest;  q = 1 + floor((v + r) / 256)
+    decode: max((256 q + 255 - r) * (step / 256) - 383.5 step / 256, floor)   (dither)
+            max((q - 1) * step, floor)   (stochastic, nearest)
+with the byte r from the counter (see noise.py), or r = 128 for nearest, and floor = max(step / 32, smallest normal
+number of the dtype) so that no cast can return to zero. A group that holds NaN or inf decodes to NaN throughout; at the
+ends of the floating-point range it does as uniform.py does.
 """
 
 from __future__ import annotations
@@ -13,10 +15,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..noise import uniform_noise
+from ..noise import noise_of, words_by_chunk
 from .bf16 import inverse, step_bits
 from .bits import pack, unpack
-from .chunks import group_chunks, group_count, load_groups, store_groups
+from .chunks import group_chunks, group_count, groups_of, load_groups, store
+from .compiled import run
+from .memory import empty
+from .uniform import MAGIC
 
 
 def encode(flat: Tensor, bits: int, group_size: int, rounding: str, key: int) -> tuple[Tensor, Tensor]:
@@ -35,19 +40,10 @@ def encode(flat: Tensor, bits: int, group_size: int, rounding: str, key: int) ->
     groups = group_count(flat.numel(), group_size)
     codes = torch.empty(groups, bits, group_size // 8, dtype=torch.uint8, device=flat.device)
     steps = torch.empty(groups, dtype=torch.int16, device=flat.device)
-    for first, last in group_chunks(flat.numel(), group_size, flat.device):
+    chunks = group_chunks(flat.numel(), group_size, flat.device)
+    for first, last, words in words_by_chunk(key, chunks, flat.device):
         x = load_groups(flat, first, last, group_size)
-        steps[first:last] = _step_bits(x, bits) >> 16
-        step = _step(steps[first:last])
-        v = x * inverse(step)
-        if rounding == "nearest":
-            v.add_(0.5)
-        else:
-            v.add_(uniform_noise(key, first, last - first, group_size, flat.device))
-        # Level 2**bits - 2 plus one at most, without a clamp, as in uniform.py.
-        q = v.to(torch.int32).to(torch.uint8).add_(1).mul_(x > 0)
-        # A group without a step stores zeros.
-        codes[first:last] = pack(q, bits).mul_((step == step).unsqueeze(2))
+        codes[first:last], steps[first:last] = run(encode_groups, (x, words), (bits, rounding), x.numel())
     return codes, steps
 
 
@@ -67,19 +63,40 @@ def decode(codes: Tensor, steps: Tensor, bits: int, rounding: str, key: int, num
         1-D tensor of n elements.
     """
     group_size = 8 * codes.shape[2]
-    flat = torch.empty(numel, dtype=dtype, device=codes.device)
-    for first, last in group_chunks(numel, group_size, codes.device):
-        step = _step(steps[first:last])
-        q = unpack(codes[first:last], bits)
-        value = q.to(torch.float32)
-        if rounding == "dither":
-            value.sub_(0.5).sub_(uniform_noise(key, first, last - first, group_size, codes.device))
-        else:
-            value.sub_(1.0)
-        value = torch.maximum(value.mul_(step), (step / 32).clamp_min_(torch.finfo(dtype).tiny))
-        # A product with 0 or 1 keeps the NaN of a group without a step, and is 7 times faster than torch.where.
-        store_groups(value.mul_(q.clamp_(max=1).to(torch.float32)), flat, first)
+    flat = empty(numel, dtype, codes.device)
+    for first, last, words in words_by_chunk(key, group_chunks(numel, group_size, codes.device), codes.device):
+        with groups_of(flat, first, last, group_size) as out:
+            run(decode_groups, (codes[first:last], steps[first:last], words, out), (bits, rounding), out.numel())
     return flat
+
+
+def encode_groups(x: Tensor, words: Tensor, bits: int, rounding: str) -> tuple[Tensor, Tensor]:
+    """Codes and steps of groups x [R, G], which is not written to, with the words of `group_words`."""
+    x = x.to(torch.float32)
+    steps = (_step_bits(x, bits) >> 16).to(torch.int16)
+    step = _step(steps)
+    # As in uniform.py. Positive values take the magic number of level 1, and zero stays below it whatever the noise.
+    v = (x * inverse(step).mul_(256.0)).add_(MAGIC + 256.0)
+    v = torch.where(x > 0, v, MAGIC).view(torch.int32)
+    v.add_(128 if rounding == "nearest" else noise_of(words, x.shape[1]))
+    codes = pack(v.bitwise_right_shift_(8).to(torch.uint8), bits)
+    # A group without a step stores zeros.
+    return codes.mul_((step == step).unsqueeze(2)), steps
+
+
+def decode_groups(codes: Tensor, steps: Tensor, words: Tensor, out: Tensor, bits: int, rounding: str) -> None:
+    """Write the values of what `encode_groups` returned to `out` [R, G]."""
+    step = _step(steps)
+    fine = step * (1 / 256)
+    q = unpack(codes, bits)
+    value = q.to(torch.float32).mul_(256.0)
+    if rounding == "dither":
+        value.add_(noise_of(words, out.shape[1]).bitwise_not_()).mul_(fine).add_(fine * -383.5)
+    else:
+        value.mul_(fine).sub_(step)
+    value = torch.maximum(value, (step / 32).clamp_min_(torch.finfo(out.dtype).tiny))
+    # A product with 0 or 1 keeps the NaN of a group without a step, and is 7 times faster than torch.where.
+    store(value.mul_(q.clamp_(max=1).to(torch.float32)), out)
 
 
 def _step_bits(x: Tensor, bits: int) -> Tensor:

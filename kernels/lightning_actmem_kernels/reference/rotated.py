@@ -25,7 +25,8 @@ from torch import Tensor
 from ..noise import sign_bytes
 from .bf16 import round_nearest
 from .bits import pack, unpack
-from .chunks import group_chunks, group_count, load_groups, store_groups
+from .chunks import group_chunks, group_count, groups_of, load_groups, store
+from .memory import empty
 
 # Magnitudes of the levels for N(0, 1); a code is their index with the sign of z above it.
 LEVELS: dict[int, tuple[float, ...]] = {
@@ -63,7 +64,7 @@ def encode(flat: Tensor, bits: int, group_size: int, centre: bool, key: int) -> 
         x = (
             load_groups(flat, first, last, group_size, repeat_last=False)
             .t()
-            .clone(memory_format=torch.contiguous_format)
+            .to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         )
         largest = torch.maximum(x.amax(0), x.amin(0).neg_()).view(torch.int32) & ~SIGN_BIT
         exponent = (largest >> 23).clamp_(1, 253)
@@ -99,7 +100,7 @@ def decode(codes: Tensor, scales: Tensor, bits: int, key: int, numel: int, dtype
         1-D tensor of n elements.
     """
     group_size = 8 * codes.shape[2]
-    flat = torch.empty(numel, dtype=dtype, device=codes.device)
+    flat = empty(numel, dtype, codes.device)
     levels = torch.tensor(LEVELS[bits] + tuple(-level for level in LEVELS[bits]), device=codes.device)
     for first, last in group_chunks(numel, group_size, codes.device):
         packed = codes[first:last].permute(1, 2, 0).reshape(1, bits, -1)
@@ -109,7 +110,8 @@ def decode(codes: Tensor, scales: Tensor, bits: int, key: int, numel: int, dtype
         x = _flip(x.mul_(by_group[:, 0]), key, first)
         if scales.shape[1] == 2:
             x.add_(by_group[:, 1])
-        store_groups(x.t().contiguous(), flat, first)
+        with groups_of(flat, first, last, group_size) as out:
+            store(x.t(), out)
     return flat
 
 

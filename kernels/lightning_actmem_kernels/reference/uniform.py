@@ -15,11 +15,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..noise import noise_bytes
+from ..noise import noise_of, words_by_chunk
 from .bf16 import HIGH_HALF, LOW_HALF, inverse, round_down, step_bits
 from .bits import pack, unpack
-from .chunks import group_chunks, group_count, load_groups, store_groups
+from .chunks import group_chunks, group_count, groups_of, load_groups, store
 from .compiled import run
+from .memory import empty
 
 MAGIC = 2.0**23  # added to a float32 from 0 to 2**22, it rounds it to an integer in the low bits
 
@@ -40,9 +41,10 @@ def encode(flat: Tensor, bits: int, group_size: int, rounding: str, key: int) ->
     groups = group_count(flat.numel(), group_size)
     codes = torch.empty(groups, bits, group_size // 8, dtype=torch.uint8, device=flat.device)
     grids = torch.empty(groups, dtype=torch.int32, device=flat.device)
-    for first, last in group_chunks(flat.numel(), group_size, flat.device):
+    chunks = group_chunks(flat.numel(), group_size, flat.device)
+    for first, last, words in words_by_chunk(key, chunks, flat.device):
         x = load_groups(flat, first, last, group_size)
-        codes[first:last], grids[first:last] = run(encode_groups, (x,), (bits, rounding), x.numel(), key, first)
+        codes[first:last], grids[first:last] = run(encode_groups, (x, words), (bits, rounding), x.numel())
     return codes, grids
 
 
@@ -62,42 +64,37 @@ def decode(codes: Tensor, grids: Tensor, bits: int, rounding: str, key: int, num
         1-D tensor of n elements.
     """
     group_size = 8 * codes.shape[2]
-    flat = torch.empty(numel, dtype=dtype, device=codes.device)
-    for first, last in group_chunks(numel, group_size, codes.device):
-        data = (codes[first:last], grids[first:last])
-        values = run(decode_groups, data, (bits, rounding), (last - first) * group_size, key, first)
-        store_groups(values, flat, first)
+    flat = empty(numel, dtype, codes.device)
+    for first, last, words in words_by_chunk(key, group_chunks(numel, group_size, codes.device), codes.device):
+        with groups_of(flat, first, last, group_size) as out:
+            run(decode_groups, (codes[first:last], grids[first:last], words, out), (bits, rounding), out.numel())
     return flat
 
 
-def encode_groups(x: Tensor, bits: int, rounding: str, key: int | Tensor, first: int | Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and grids of groups x [R, G], `first` being the index of the first one; x is not written to."""
-    groups, group_size = x.shape
+def encode_groups(x: Tensor, words: Tensor, bits: int, rounding: str) -> tuple[Tensor, Tensor]:
+    """Codes and grids of groups x [R, G], which is not written to, with the words of `group_words`."""
+    x = x.to(torch.float32)
     grids = _grid(x, bits)
     step, lo = _step_and_minimum(grids)
-    # The magic number leaves v in the low half of the mantissa. No clamp is needed: three roundings at most take v
-    # above the top level (by 0.02), which the rounding to nearest takes back, so v + r < 256 * 2**bits.
-    v = (x - lo).mul_(inverse(step).mul_(256.0)).add_(MAGIC).view(torch.int32).bitwise_and_(LOW_HALF)
-    if rounding == "nearest":
-        v.add_(128)
-    else:
-        v.add_(noise_bytes(key, first, groups, group_size, x.device))
+    # The magic number leaves v in the low half of the mantissa. No clamp is needed: four roundings at most take v
+    # above the top level (by 0.03), which the rounding to nearest takes back, so v + r < 256 * 2**bits.
+    v = (x - lo).mul_(inverse(step).mul_(256.0)).add_(MAGIC).view(torch.int32)
+    v.add_(128 if rounding == "nearest" else noise_of(words, x.shape[1]))
     codes = pack(v.bitwise_right_shift_(8).to(torch.uint8), bits)
     # A group without a grid stores zeros.
     return codes.mul_((step == step).unsqueeze(2)), grids
 
 
-def decode_groups(
-    codes: Tensor, grids: Tensor, bits: int, rounding: str, key: int | Tensor, first: int | Tensor
-) -> Tensor:
-    """Values, float32 [R, G], of what `encode_groups` returned."""
+def decode_groups(codes: Tensor, grids: Tensor, words: Tensor, out: Tensor, bits: int, rounding: str) -> None:
+    """Write the values of what `encode_groups` returned to `out` [R, G]."""
     step, lo = _step_and_minimum(grids)
     q = unpack(codes, bits).to(torch.float32)
-    if rounding != "dither":
-        return q.mul_(step).add_(lo)
-    fine = step * (1 / 256)
-    q.mul_(256.0).add_(255.0).sub_(noise_bytes(key, first, q.shape[0], q.shape[1], codes.device))
-    return q.mul_(fine).add_(lo - fine * 127.5)
+    if rounding == "dither":
+        fine = step * (1 / 256)
+        q.mul_(256.0).add_(noise_of(words, out.shape[1]).bitwise_not_()).mul_(fine).add_(lo - fine * 127.5)
+    else:
+        q.mul_(step).add_(lo)
+    store(q, out)
 
 
 def _grid(x: Tensor, bits: int) -> Tensor:

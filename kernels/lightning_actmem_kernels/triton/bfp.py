@@ -12,14 +12,12 @@ from torch import Tensor
 from ..reference.bfp import largest_mantissa
 from ..reference.chunks import group_count
 from ..reference.exponent import NO_SCALE, carry_and_shift
-from ..reference.uniform import MAGIC
 from .exponent import exponent_byte, inverse, largest_magnitude, scale
-from .launch import launch_tiles
-from .noise import byte_pair, noise_words, zero_of
-from .pairs import add_pair, load_pairs, pair_of, store_pairs
-from .values import groups_of_tile, load_float, store_float
+from .lanes import MAGIC, MAGIC_UPPER, join_quads, lanes_of, load_lanes, lower_half, packed, upper_half
+from .launch import code_words, launch_tiles
+from .noise import group_noise, noise_word
+from .values import groups_of_tile, load_quads, store_float
 
-_MAGIC = tl.constexpr(MAGIC)
 _NO_SCALE = tl.constexpr(NO_SCALE)
 
 
@@ -30,7 +28,7 @@ def encode(flat: Tensor, bits: int, group_size: int, rounding: str, key: int) ->
     exponents = torch.empty(groups, dtype=torch.uint8, device=flat.device)
     top = largest_mantissa(bits)
     constants = (bits, group_size, rounding == "nearest", top, *carry_and_shift(top))
-    arguments = (flat, codes, exponents, flat.numel(), key)
+    arguments = (flat, code_words(codes), exponents, flat.numel(), key)
     launch_tiles(_encode, arguments, constants, flat.numel(), group_size, reads_pairs=True)
     return codes, exponents
 
@@ -42,14 +40,14 @@ def decode(
     group_size = 8 * codes.shape[2]
     flat = torch.empty(numel, dtype=dtype, device=codes.device)
     constants = (bits, group_size, rounding == "dither", largest_mantissa(bits))
-    launch_tiles(_decode, (flat, codes, exponents, numel, key), constants, numel, group_size)
+    launch_tiles(_decode, (flat, code_words(codes), exponents, numel, key), constants, numel, group_size)
     return flat
 
 
 @triton.jit
-def _fixed_point(x: tl.tensor, scale: tl.tensor, TOP: tl.constexpr) -> tl.tensor:
-    """256 times the mantissa plus TOP, rounded to nearest, under the upper half of the magic number."""
-    return (x * scale + (_MAGIC + 256.0 * TOP)).to(tl.int32, bitcast=True)
+def _fixed_point(x: tl.tensor, scale: tl.tensor, TOP: tl.constexpr, ZERO: tl.constexpr) -> tl.tensor:
+    """256 times the mantissa plus TOP, rounded to nearest, above the magic number ZERO."""
+    return x * scale + (ZERO + 256.0 * TOP)
 
 
 @triton.jit(do_not_specialize=["numel", "key", "first_tile"])
@@ -69,9 +67,10 @@ def _encode(
     ROWS: tl.constexpr,
     RAGGED: tl.constexpr,
 ) -> None:
-    COLUMNS: tl.constexpr = GROUP_SIZE // 16
+    PARTS: tl.constexpr = 2 if GROUP_SIZE > 32 else 1
+    WIDTH: tl.constexpr = GROUP_SIZE // (8 * PARTS)
+    QUADS: tl.constexpr = WIDTH // 4
     group, stored = groups_of_tile(first_tile, numel, GROUP_SIZE, ROWS)
-    column = tl.arange(0, COLUMNS)[None, :]
 
     largest = largest_magnitude(flat_ptr, group, numel, GROUP_SIZE, RAGGED)
     byte = exponent_byte(tl.max(largest, 1), CARRY, SHIFT)
@@ -79,26 +78,30 @@ def _encode(
 
     sound = (byte < _NO_SCALE)[:, None]
     fine = inverse(byte, 8)[:, None]
-    if not NEAREST:
-        counter = group[:, None] * COLUMNS + column + zero_of(largest)
-        w0, w1, w2, w3 = noise_words(key, counter)
-    for HALF in tl.static_range(2):
-        first = tl.zeros((ROWS, COLUMNS), tl.int32)
-        second = first
-        for S in tl.static_range(4):
-            x = load_float(flat_ptr, group, (2 * S + HALF) * COLUMNS, numel, GROUP_SIZE, COLUMNS, RAGGED, True)
-            y = load_float(flat_ptr, group, (2 * S + 8 + HALF) * COLUMNS, numel, GROUP_SIZE, COLUMNS, RAGGED, True)
-            # Shifting drops the magic number of y; that of x is taken off again.
-            pair = (_fixed_point(y, fine, TOP) << 16) + _fixed_point(x, fine, TOP)
+    for PART in tl.static_range(PARTS):
+        if not NEAREST:
+            x0, x1, x2, x3 = load_quads(flat_ptr, group, PART * WIDTH, numel, GROUP_SIZE, WIDTH, RAGGED, True)
+            a0, c0, a1, c1 = group_noise(key, group, x0.to(tl.int32, bitcast=True), PART * QUADS)
+        byte = tl.zeros((ROWS, QUADS), tl.int32)
+        codes = group[:, None] * (GROUP_SIZE * BITS // 32) + PART * QUADS + tl.arange(0, QUADS)[None, :]
+        for S in tl.static_range(8):
+            x0, x1, x2, x3 = load_quads(
+                flat_ptr, group, (PARTS * S + PART) * WIDTH, numel, GROUP_SIZE, WIDTH, RAGGED, True
+            )
+            even = lanes_of(_fixed_point(x0, fine, TOP, MAGIC), _fixed_point(x2, fine, TOP, MAGIC_UPPER))
+            odd = lanes_of(_fixed_point(x1, fine, TOP, MAGIC), _fixed_point(x3, fine, TOP, MAGIC_UPPER))
             if NEAREST:
-                pair += 0x00800080 - 0x4B000000
+                even += 0x00800080
+                odd += 0x00800080
             else:
-                pair += byte_pair(w0, w1, w2, w3, HALF, S) - 0x4B000000
-            first, second = add_pair(first, second, pair, S, BITS)
-        offsets = group[:, None] * (GROUP_SIZE * BITS // 8) + HALF * COLUMNS + column
-        first = tl.where(sound, first, 0)
-        second = tl.where(sound, second, 0)
-        store_pairs(codes_ptr, offsets, first, second, stored[:, None], BITS, GROUP_SIZE // 8)
+                noise = noise_word(a0, c0, a1, c1, S)
+                even += (noise & 0x00FF00FF).to(tl.int32)
+                odd += ((noise >> 8) & 0x00FF00FF).to(tl.int32)
+            byte |= packed(even, odd, BITS * S % 8, BITS)
+            if BITS * S % 8 + BITS >= 8:
+                row = codes + (BITS * S // 8) * (GROUP_SIZE // 32)
+                tl.store(codes_ptr + row, tl.where(sound, byte, 0), stored[:, None])
+                byte = packed(even, odd, BITS * S % 8 - 8, BITS)
 
 
 @triton.jit(do_not_specialize=["numel", "key", "first_tile"])
@@ -116,39 +119,41 @@ def _decode(
     ROWS: tl.constexpr,
     RAGGED: tl.constexpr,
 ) -> None:
-    COLUMNS: tl.constexpr = GROUP_SIZE // 16
+    PARTS: tl.constexpr = 2 if GROUP_SIZE > 32 else 1
+    WIDTH: tl.constexpr = GROUP_SIZE // (8 * PARTS)
+    QUADS: tl.constexpr = WIDTH // 4
     group, stored = groups_of_tile(first_tile, numel, GROUP_SIZE, ROWS)
-    column = tl.arange(0, COLUMNS)[None, :]
-    start = group[:, None] * GROUP_SIZE + column
 
     byte = tl.load(exponents_ptr + group).to(tl.int32)[:, None]
     step = scale(byte, 0)
     if DITHER:
         step = scale(byte, -8)
         low = 0.0 - step * 127.5
-    offsets = group[:, None] * (GROUP_SIZE * BITS // 8) + column
-    first0, second0 = load_pairs(codes_ptr, offsets, BITS, GROUP_SIZE // 8)
-    first1, second1 = load_pairs(codes_ptr, offsets + COLUMNS, BITS, GROUP_SIZE // 8)
-    if DITHER:
-        counter = group[:, None] * COLUMNS + column + zero_of(first0)
-        w0, w1, w2, w3 = noise_words(key, counter)
-    for HALF in tl.static_range(2):
-        first = first0 if HALF == 0 else first1
-        second = second0 if HALF == 0 else second1
-        for S in tl.static_range(4):
-            pair = pair_of(first, second, S, BITS)
+    for PART in tl.static_range(PARTS):
+        codes = group[:, None] * (GROUP_SIZE * BITS // 32) + PART * QUADS + tl.arange(0, QUADS)[None, :]
+        start = group[:, None] * GROUP_SIZE + PART * WIDTH + tl.arange(0, WIDTH)[None, :]
+        for S in tl.static_range(8):
+            even, odd = load_lanes(codes_ptr, codes, S, BITS, GROUP_SIZE // 32)
+            if DITHER and S == 0:
+                a0, c0, a1, c1 = group_noise(key, group, even, PART * QUADS)
             if DITHER:
-                pair |= byte_pair(w0, w1, w2, w3, HALF, S) ^ 0x00FF00FF
-                x = _minus(pair & 0xFFFF, 256 * TOP) * step + low
-                y = _minus((pair >> 16) & 0xFFFF, 256 * TOP) * step + low
+                noise = noise_word(a0, c0, a1, c1, S)
+                even |= (noise & 0x00FF00FF).to(tl.int32) ^ 0x00FF00FF
+                odd |= ((noise >> 8) & 0x00FF00FF).to(tl.int32) ^ 0x00FF00FF
+                # Products with a power of two are exact, so that one rounding or two are the same.
+                x = join_quads(
+                    tl.fma(lower_half(even, 256 * TOP), step, low),
+                    tl.fma(lower_half(odd, 256 * TOP), step, low),
+                    tl.fma(upper_half(even, 256 * TOP), step, low),
+                    tl.fma(upper_half(odd, 256 * TOP), step, low),
+                )
             else:
-                x = _minus((pair >> 8) & 0xFF, TOP) * step
-                y = _minus((pair >> 24) & 0xFF, TOP) * step
-            store_float(flat_ptr, start + (2 * S + HALF) * COLUMNS, x, stored, numel, RAGGED)
-            store_float(flat_ptr, start + (2 * S + 8 + HALF) * COLUMNS, y, stored, numel, RAGGED)
-
-
-@triton.jit
-def _minus(n: tl.tensor, OFFSET: tl.constexpr) -> tl.tensor:
-    """Float32 of n - OFFSET for integers below 2**23, by the magic number: conversions run at a quarter of the rate."""
-    return (n | 0x4B000000).to(tl.float32, bitcast=True) - (_MAGIC + OFFSET)
+                even = (even >> 8) & 0x00FF00FF
+                odd = (odd >> 8) & 0x00FF00FF
+                x = join_quads(
+                    lower_half(even, TOP) * step,
+                    lower_half(odd, TOP) * step,
+                    upper_half(even, TOP) * step,
+                    upper_half(odd, TOP) * step,
+                )
+            store_float(flat_ptr, start + S * PARTS * WIDTH, x, stored, numel, RAGGED)

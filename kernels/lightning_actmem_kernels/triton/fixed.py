@@ -11,13 +11,10 @@ from torch import Tensor
 
 from ..reference.chunks import group_count
 from ..reference.fixed import Grid
-from ..reference.uniform import MAGIC
-from .launch import launch_tiles
-from .noise import byte_pair, noise_words, zero_of
-from .pairs import add_pair, load_pairs, pair_of, store_pairs
-from .values import groups_of_tile, load_float, store_float
-
-_MAGIC = tl.constexpr(MAGIC)
+from .lanes import MAGIC, MAGIC_UPPER, join_quads, lanes_of, load_lanes, lower_half, packed, upper_half
+from .launch import code_words, launch_tiles
+from .noise import group_noise, noise_word
+from .values import groups_of_tile, load_quads, store_float
 
 
 def encode(flat: Tensor, bits: int, group_size: int, low: float, high: float, rounding: str, key: int) -> Tensor:
@@ -25,7 +22,7 @@ def encode(flat: Tensor, bits: int, group_size: int, low: float, high: float, ro
     groups = group_count(flat.numel(), group_size)
     codes = torch.empty(groups, bits, group_size // 8, dtype=torch.uint8, device=flat.device)
     grid = Grid.of(low, high, bits, rounding)
-    arguments = (flat, codes, flat.numel(), key, grid.low, grid.high, grid.scale)
+    arguments = (flat, code_words(codes), flat.numel(), key, grid.low, grid.high, grid.scale)
     constants = (bits, group_size, rounding == "nearest")
     launch_tiles(_encode, arguments, constants, flat.numel(), group_size, reads_pairs=True)
     return codes
@@ -38,17 +35,17 @@ def decode(
     group_size = 8 * codes.shape[2]
     flat = torch.empty(numel, dtype=dtype, device=codes.device)
     grid = Grid.of(low, high, bits, rounding)
-    arguments = (flat, codes, numel, key, grid.factor, grid.offset)
+    arguments = (flat, code_words(codes), numel, key, grid.factor, grid.offset)
     launch_tiles(_decode, arguments, (bits, group_size, rounding == "dither"), numel, group_size)
     return flat
 
 
 @triton.jit
-def _fixed_point(x: tl.tensor, low: tl.float32, high: tl.float32, scale: tl.float32) -> tl.tensor:
-    """256 times the position on the grid, rounded to nearest, under the upper half of the magic number."""
+def _fixed_point(x: tl.tensor, low: tl.float32, high: tl.float32, scale: tl.float32, ZERO: tl.constexpr) -> tl.tensor:
+    """256 times the position on the grid, rounded to nearest, above the magic number ZERO."""
     x = tl.where(x > low, x, low)
     x = tl.where(x < high, x, high)
-    return ((x - low) * scale + _MAGIC).to(tl.int32, bitcast=True)
+    return (x - low) * scale + ZERO
 
 
 @triton.jit(do_not_specialize=["numel", "key", "low", "high", "scale", "first_tile"])
@@ -67,27 +64,34 @@ def _encode(
     ROWS: tl.constexpr,
     RAGGED: tl.constexpr,
 ) -> None:
-    COLUMNS: tl.constexpr = GROUP_SIZE // 16
+    PARTS: tl.constexpr = 2 if GROUP_SIZE > 32 else 1
+    WIDTH: tl.constexpr = GROUP_SIZE // (8 * PARTS)
+    QUADS: tl.constexpr = WIDTH // 4
     group, stored = groups_of_tile(first_tile, numel, GROUP_SIZE, ROWS)
-    column = tl.arange(0, COLUMNS)[None, :]
-    if not NEAREST:
-        data = load_float(flat_ptr, group, 0, numel, GROUP_SIZE, COLUMNS, RAGGED, True)
-        w0, w1, w2, w3 = noise_words(key, group[:, None] * COLUMNS + column + zero_of(data.to(tl.int32, bitcast=True)))
-    for HALF in tl.static_range(2):
-        first = tl.zeros((ROWS, COLUMNS), tl.int32)
-        second = first
-        for S in tl.static_range(4):
-            x = load_float(flat_ptr, group, (2 * S + HALF) * COLUMNS, numel, GROUP_SIZE, COLUMNS, RAGGED, True)
-            y = load_float(flat_ptr, group, (2 * S + 8 + HALF) * COLUMNS, numel, GROUP_SIZE, COLUMNS, RAGGED, True)
-            # Shifting drops the magic number of y; that of x is taken off again.
-            pair = (_fixed_point(y, low, high, scale) << 16) + _fixed_point(x, low, high, scale)
+    for PART in tl.static_range(PARTS):
+        if not NEAREST:
+            x0, x1, x2, x3 = load_quads(flat_ptr, group, PART * WIDTH, numel, GROUP_SIZE, WIDTH, RAGGED, True)
+            a0, c0, a1, c1 = group_noise(key, group, x0.to(tl.int32, bitcast=True), PART * QUADS)
+        byte = tl.zeros((ROWS, QUADS), tl.int32)
+        codes = group[:, None] * (GROUP_SIZE * BITS // 32) + PART * QUADS + tl.arange(0, QUADS)[None, :]
+        for S in tl.static_range(8):
+            x0, x1, x2, x3 = load_quads(
+                flat_ptr, group, (PARTS * S + PART) * WIDTH, numel, GROUP_SIZE, WIDTH, RAGGED, True
+            )
+            even = lanes_of(_fixed_point(x0, low, high, scale, MAGIC), _fixed_point(x2, low, high, scale, MAGIC_UPPER))
+            odd = lanes_of(_fixed_point(x1, low, high, scale, MAGIC), _fixed_point(x3, low, high, scale, MAGIC_UPPER))
             if NEAREST:
-                pair += 0x00800080 - 0x4B000000
+                even += 0x00800080
+                odd += 0x00800080
             else:
-                pair += byte_pair(w0, w1, w2, w3, HALF, S) - 0x4B000000
-            first, second = add_pair(first, second, pair, S, BITS)
-        offsets = group[:, None] * (GROUP_SIZE * BITS // 8) + HALF * COLUMNS + column
-        store_pairs(codes_ptr, offsets, first, second, stored[:, None], BITS, GROUP_SIZE // 8)
+                noise = noise_word(a0, c0, a1, c1, S)
+                even += (noise & 0x00FF00FF).to(tl.int32)
+                odd += ((noise >> 8) & 0x00FF00FF).to(tl.int32)
+            byte |= packed(even, odd, BITS * S % 8, BITS)
+            if BITS * S % 8 + BITS >= 8:
+                row = codes + (BITS * S // 8) * (GROUP_SIZE // 32)
+                tl.store(codes_ptr + row, byte, stored[:, None])
+                byte = packed(even, odd, BITS * S % 8 - 8, BITS)
 
 
 @triton.jit(do_not_specialize=["numel", "key", "factor", "offset", "first_tile"])
@@ -105,32 +109,28 @@ def _decode(
     ROWS: tl.constexpr,
     RAGGED: tl.constexpr,
 ) -> None:
-    COLUMNS: tl.constexpr = GROUP_SIZE // 16
+    PARTS: tl.constexpr = 2 if GROUP_SIZE > 32 else 1
+    WIDTH: tl.constexpr = GROUP_SIZE // (8 * PARTS)
+    QUADS: tl.constexpr = WIDTH // 4
     group, stored = groups_of_tile(first_tile, numel, GROUP_SIZE, ROWS)
-    column = tl.arange(0, COLUMNS)[None, :]
-    start = group[:, None] * GROUP_SIZE + column
-
-    offsets = group[:, None] * (GROUP_SIZE * BITS // 8) + column
-    first0, second0 = load_pairs(codes_ptr, offsets, BITS, GROUP_SIZE // 8)
-    first1, second1 = load_pairs(codes_ptr, offsets + COLUMNS, BITS, GROUP_SIZE // 8)
-    if DITHER:
-        w0, w1, w2, w3 = noise_words(key, group[:, None] * COLUMNS + column + zero_of(first0))
-    for HALF in tl.static_range(2):
-        first = first0 if HALF == 0 else first1
-        second = second0 if HALF == 0 else second1
-        for S in tl.static_range(4):
-            pair = pair_of(first, second, S, BITS)
+    for PART in tl.static_range(PARTS):
+        codes = group[:, None] * (GROUP_SIZE * BITS // 32) + PART * QUADS + tl.arange(0, QUADS)[None, :]
+        start = group[:, None] * GROUP_SIZE + PART * WIDTH + tl.arange(0, WIDTH)[None, :]
+        for S in tl.static_range(8):
+            even, odd = load_lanes(codes_ptr, codes, S, BITS, GROUP_SIZE // 32)
+            if DITHER and S == 0:
+                a0, c0, a1, c1 = group_noise(key, group, even, PART * QUADS)
             if DITHER:
-                pair |= byte_pair(w0, w1, w2, w3, HALF, S) ^ 0x00FF00FF
+                noise = noise_word(a0, c0, a1, c1, S)
+                even |= (noise & 0x00FF00FF).to(tl.int32) ^ 0x00FF00FF
+                odd |= ((noise >> 8) & 0x00FF00FF).to(tl.int32) ^ 0x00FF00FF
             else:
-                pair = (pair >> 8) & 0x00FF00FF
-            x = _as_float(pair & 0xFFFF) * factor + offset
-            y = _as_float((pair >> 16) & 0xFFFF) * factor + offset
-            store_float(flat_ptr, start + (2 * S + HALF) * COLUMNS, x, stored, numel, RAGGED)
-            store_float(flat_ptr, start + (2 * S + 8 + HALF) * COLUMNS, y, stored, numel, RAGGED)
-
-
-@triton.jit
-def _as_float(n: tl.tensor) -> tl.tensor:
-    """Float32 of integers below 2**23, by the magic number: conversions run at a quarter of the rate."""
-    return (n | 0x4B000000).to(tl.float32, bitcast=True) - _MAGIC
+                even = (even >> 8) & 0x00FF00FF
+                odd = (odd >> 8) & 0x00FF00FF
+            x = join_quads(
+                lower_half(even) * factor + offset,
+                lower_half(odd) * factor + offset,
+                upper_half(even) * factor + offset,
+                upper_half(odd) * factor + offset,
+            )
+            store_float(flat_ptr, start + S * PARTS * WIDTH, x, stored, numel, RAGGED)

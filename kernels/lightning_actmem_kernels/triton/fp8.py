@@ -17,9 +17,9 @@ from ..reference.chunks import group_count
 from ..reference.exponent import MAGNITUDE, NO_SCALE, carry_and_shift
 from ..reference.fp8 import FORMATS
 from .exponent import exponent_byte, inverse, largest_magnitude, scale
-from .launch import launch_tiles
-from .noise import byte_pair, noise_words, zero_of
-from .values import groups_of_tile, load_float, store_float
+from .launch import code_words, launch_tiles
+from .noise import group_noise, noise_word
+from .values import groups_of_tile, load_quads, store_float
 
 _MAGNITUDE = tl.constexpr(MAGNITUDE)
 _NO_SCALE = tl.constexpr(NO_SCALE)
@@ -31,7 +31,7 @@ def encode(flat: Tensor, name: str, group_size: int, rounding: str, key: int) ->
     codes = torch.empty(groups, 8, group_size // 8, dtype=torch.uint8, device=flat.device)
     exponents = torch.empty(groups, dtype=torch.uint8, device=flat.device)
     constants = (group_size, rounding == "nearest", form.mantissa, form.bias, *carry_and_shift(form.largest))
-    arguments = (flat, codes, exponents, flat.numel(), key)
+    arguments = (flat, code_words(codes), exponents, flat.numel(), key)
     launch_tiles(_encode, arguments, constants, flat.numel(), group_size, reads_pairs=True)
     return codes, exponents
 
@@ -81,9 +81,10 @@ def _encode(
     ROWS: tl.constexpr,
     RAGGED: tl.constexpr,
 ) -> None:
-    COLUMNS: tl.constexpr = GROUP_SIZE // 16
+    PARTS: tl.constexpr = 2 if GROUP_SIZE > 32 else 1
+    WIDTH: tl.constexpr = GROUP_SIZE // (8 * PARTS)
+    QUADS: tl.constexpr = WIDTH // 4
     group, stored = groups_of_tile(first_tile, numel, GROUP_SIZE, ROWS)
-    column = tl.arange(0, COLUMNS)[None, :]
 
     largest = largest_magnitude(flat_ptr, group, numel, GROUP_SIZE, RAGGED)
     byte = exponent_byte(tl.max(largest, 1), CARRY, SHIFT)
@@ -91,16 +92,23 @@ def _encode(
 
     sound = (byte < _NO_SCALE)[:, None]
     unit = inverse(byte, 0)[:, None]
-    noise = zero_of(largest)
-    if not NEAREST:
-        w0, w1, w2, w3 = noise_words(key, group[:, None] * COLUMNS + column + noise)
-    for LANE in tl.static_range(16):
-        x = load_float(flat_ptr, group, LANE * COLUMNS, numel, GROUP_SIZE, COLUMNS, RAGGED, True)
+    for PART in tl.static_range(PARTS):
+        x0, x1, x2, x3 = load_quads(flat_ptr, group, PART * WIDTH, numel, GROUP_SIZE, WIDTH, RAGGED, True)
+        noise = tl.zeros((ROWS, QUADS), tl.int32)
         if not NEAREST:
-            noise = (byte_pair(w0, w1, w2, w3, LANE % 2, LANE // 2 % 4) >> (16 * (LANE // 8))) & 0xFF
-        code = tl.where(sound, _code(x, unit, noise, NEAREST, MANTISSA, BIAS), 0)
-        offsets = group[:, None] * GROUP_SIZE + LANE * COLUMNS + column
-        tl.store(codes_ptr + offsets, code.to(tl.uint8), stored[:, None])
+            a0, c0, a1, c1 = group_noise(key, group, x0.to(tl.int32, bitcast=True), PART * QUADS)
+        codes = group[:, None] * (GROUP_SIZE // 4) + PART * QUADS + tl.arange(0, QUADS)[None, :]
+        for S in tl.static_range(8):
+            x0, x1, x2, x3 = load_quads(
+                flat_ptr, group, (PARTS * S + PART) * WIDTH, numel, GROUP_SIZE, WIDTH, RAGGED, True
+            )
+            if not NEAREST:
+                noise = noise_word(a0, c0, a1, c1, S).to(tl.int32)
+            word = _code(x0, unit, noise & 0xFF, NEAREST, MANTISSA, BIAS)
+            word |= _code(x1, unit, (noise >> 8) & 0xFF, NEAREST, MANTISSA, BIAS) << 8
+            word |= _code(x2, unit, (noise >> 16) & 0xFF, NEAREST, MANTISSA, BIAS) << 16
+            word |= _code(x3, unit, (noise >> 24) & 0xFF, NEAREST, MANTISSA, BIAS) << 24
+            tl.store(codes_ptr + codes + S * (GROUP_SIZE // 32), tl.where(sound, word, 0), stored[:, None])
 
 
 @triton.jit(do_not_specialize=["numel", "first_tile"])

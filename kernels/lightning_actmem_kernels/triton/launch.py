@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,6 +16,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # The reference rounds after every operation; a fused multiply-add would round once and change the last bit.
 EXACT = {"enable_fp_fusion": False}
+
+_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+# Compiled kernels by case; None where reuse has failed.
+_compiled: dict[tuple[Any, ...], Any] = {}
 
 # Of 4 warps; those of AMD are twice as wide.
 _THREADS = 256 if torch.version.hip else 128
@@ -39,7 +44,8 @@ def groups_per_program(groups: int, group_size: int, itemsize: int, sub_blocks: 
     elements = threads * sub_blocks * _VECTOR_BYTES // itemsize
     if INTERPRETED:
         elements = _TILE_ELEMENTS_INTERPRETED
-    return int(min(elements // group_size, triton.next_power_of_2(groups)))
+    highest = elements // group_size
+    return highest if groups >= highest else 1 << (groups - 1).bit_length()
 
 
 def launch_tiles(
@@ -66,16 +72,66 @@ def launch_tiles(
     groups = -(-numel // group_size)
     if not groups:
         return
-    flat, *others = arguments
+    flat = arguments[0]
     # A tile holds whole blocks of signs: 128 elements each.
     rows = max(groups_per_program(groups, group_size, flat.element_size(), sub_blocks), 128 // group_size)
     tiles, ragged = -(-groups // rows), int(numel % group_size > 0)
     with on_device(flat):
         if tiles > ragged:
-            whole = as_pairs(flat) if reads_pairs else as_words(flat)
-            kernel[(tiles - ragged,)](whole, *others, 0, *constants, rows, False, **EXACT)
+            view = as_pairs if reads_pairs else as_words
+            launch(kernel, tiles - ragged, view, (*arguments, 0), (*constants, rows, False))
         if ragged:
-            kernel[(1,)](as_words(flat), *others, tiles - 1, *constants, rows, True, **EXACT)
+            launch(kernel, 1, as_words, (*arguments, tiles - 1), (*constants, rows, True))
+
+
+def launch(
+    kernel: Any,
+    programs: int,
+    view: Callable[[Tensor], Tensor],
+    arguments: tuple[Any, ...],
+    constants: tuple[Any, ...],
+) -> None:
+    """Run a kernel, by what Triton compiled for the same case before if that is certain to fit.
+
+    Triton's own launcher binds, specialises and hashes every argument anew: about 9 us of the host's time. What it
+    specialises for are the dtypes, the constants, and the alignment of each pointer to 16 bytes; integers it does not.
+
+    Args:
+        kernel: A Triton function whose integers are `do_not_specialize`.
+        programs: Size of the grid.
+        view: How the kernel is to see the first tensor.
+        arguments: Tensors, the flat one first, then integers.
+        constants: What the kernel is compiled for.
+    """
+    flat = arguments[0]
+    device, bits, pointers = flat.device, 0, []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            pointer = argument.data_ptr()
+            # A tensor elsewhere is for Triton's launcher to refuse.
+            bits |= pointer if argument.device == device else 1
+            pointers.append(pointer)
+        else:
+            pointers.append(argument)
+    aligned = not bits % _VECTOR_BYTES
+    case = (id(kernel), flat.dtype, device, constants)
+    compiled = _compiled.get(case) if aligned else None
+    if compiled is not None:
+        try:
+            compiled[(programs, 1, 1)](*pointers, *constants)
+            return
+        except TypeError:
+            # Another Triton, whose launcher takes other arguments: it says so before it launches anything.
+            _compiled[case] = None
+    compiled = kernel[(programs,)](view(flat), *arguments[1:], *constants, **EXACT)
+    if aligned and _reusable(flat):
+        _compiled.setdefault(case, compiled)
+
+
+def _reusable(flat: Tensor) -> bool:
+    """Whether a compiled kernel fits every call of its case."""
+    # Triton 3.2 takes the arguments without the constants. For AMD Triton also specialises for tensors below 2 GB.
+    return flat.is_cuda and torch.version.hip is None and not INTERPRETED and _TRITON >= (3, 3)
 
 
 def elements_per_program(elements: int) -> int:
@@ -98,7 +154,12 @@ def as_pairs(flat: Tensor) -> Tensor:
 
 def on_device(t: Tensor) -> AbstractContextManager[object]:
     """Make t's device current: Triton launches there, wherever its arguments are."""
-    if t.device.type == "cpu":
+    if t.device.type == "cpu" or t.device.index == torch.get_device_module(t.device).current_device():
         return nullcontext()
     context: AbstractContextManager[object] = torch.get_device_module(t.device).device(t.device)
     return context
+
+
+def code_words(codes: Tensor) -> Tensor:
+    """View codes as int32, four columns to a word; a copy where they are not aligned so."""
+    return (codes.clone() if codes.data_ptr() % 4 else codes).view(torch.int32)

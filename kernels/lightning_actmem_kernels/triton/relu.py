@@ -9,11 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference.bf16 import reciprocal_below
 from ..reference.chunks import group_count
-from .launch import launch_tiles
-from .noise import lane_noise, noise_words, zero_of
-from .pairs import add_pair, load_pairs, pair_of, store_pairs
-from .values import groups_of_tile, inverse, is_finite, load_float, step_bits, store_float
+from .lanes import MAGIC, MAGIC_UPPER, join_quads, lanes_of, load_lanes, lower_half, packed, upper_half
+from .launch import code_words, launch_tiles
+from .noise import group_noise, noise_word
+from .values import groups_of_tile, inverse, is_finite, load_float, load_quads, step_bits, store_float
 
 
 def encode(flat: Tensor, bits: int, group_size: int, rounding: str, key: int) -> tuple[Tensor, Tensor]:
@@ -21,7 +22,8 @@ def encode(flat: Tensor, bits: int, group_size: int, rounding: str, key: int) ->
     groups = group_count(flat.numel(), group_size)
     codes = torch.empty(groups, bits, group_size // 8, dtype=torch.uint8, device=flat.device)
     steps = torch.empty(groups, dtype=torch.int16, device=flat.device)
-    arguments, constants = (flat, codes, steps, flat.numel(), key), (bits, group_size, rounding == "nearest")
+    arguments = (flat, code_words(codes), steps, flat.numel(), key)
+    constants = (bits, reciprocal_below((1 << bits) - 2), group_size, rounding == "nearest")
     launch_tiles(_encode, arguments, constants, flat.numel(), group_size, reads_pairs=True)
     return codes, steps
 
@@ -31,7 +33,7 @@ def decode(codes: Tensor, steps: Tensor, bits: int, rounding: str, key: int, num
     group_size = 8 * codes.shape[2]
     flat = torch.empty(numel, dtype=dtype, device=codes.device)
     constants = (bits, group_size, rounding == "dither", torch.finfo(dtype).tiny)
-    launch_tiles(_decode, (flat, codes, steps, numel, key), constants, numel, group_size)
+    launch_tiles(_decode, (flat, code_words(codes), steps, numel, key), constants, numel, group_size)
     return flat
 
 
@@ -44,46 +46,54 @@ def _encode(
     key: tl.int64,
     first_tile: tl.int64,
     BITS: tl.constexpr,
+    RECIPROCAL: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     NEAREST: tl.constexpr,
     ROWS: tl.constexpr,
     RAGGED: tl.constexpr,
 ) -> None:
-    COLUMNS: tl.constexpr = GROUP_SIZE // 16
+    PARTS: tl.constexpr = 2 if GROUP_SIZE > 32 else 1
+    WIDTH: tl.constexpr = GROUP_SIZE // (8 * PARTS)
+    QUADS: tl.constexpr = WIDTH // 4
     group, stored = groups_of_tile(first_tile, numel, GROUP_SIZE, ROWS)
-    column = tl.arange(0, COLUMNS)[None, :]
 
-    hi = tl.zeros((ROWS, COLUMNS), tl.float32)
-    broken = tl.zeros((ROWS, COLUMNS), tl.int32)
-    for LANE in tl.static_range(16):
-        x = load_float(flat_ptr, group, LANE * COLUMNS, numel, GROUP_SIZE, COLUMNS, RAGGED, True)
+    hi = tl.zeros((ROWS, GROUP_SIZE // 16), tl.float32)
+    broken = tl.zeros((ROWS, GROUP_SIZE // 16), tl.int32)
+    for PART in tl.static_range(16):
+        x = load_float(flat_ptr, group, PART * (GROUP_SIZE // 16), numel, GROUP_SIZE, GROUP_SIZE // 16, RAGGED, True)
         finite = is_finite(x)
         broken |= (finite == 0).to(tl.int32)
         hi = tl.maximum(hi, tl.where(finite, x, 0.0))
-    bits = step_bits(tl.max(hi, 1), tl.max(broken, 1) == 0, (1 << BITS) - 2)
+    bits = step_bits(tl.max(hi, 1), tl.max(broken, 1) == 0, RECIPROCAL)
     tl.store(steps_ptr + group, (bits >> 16).to(tl.int16), stored)
 
     step = bits.to(tl.float32, bitcast=True)
     sound = (step == step)[:, None]
-    inv = inverse(step)[:, None]
-    if not NEAREST:
-        zero = zero_of(hi.to(tl.int32, bitcast=True))
-        w0, w1, w2, w3 = noise_words(key, group[:, None] * COLUMNS + column + zero)
-    for HALF in tl.static_range(2):
-        first = tl.zeros((ROWS, COLUMNS), tl.int32)
-        second = first
-        for S in tl.static_range(4):
-            x = load_float(flat_ptr, group, (2 * S + HALF) * COLUMNS, numel, GROUP_SIZE, COLUMNS, RAGGED, True)
-            y = load_float(flat_ptr, group, (2 * S + 8 + HALF) * COLUMNS, numel, GROUP_SIZE, COLUMNS, RAGGED, True)
+    scale = (inverse(step) * 256.0)[:, None]
+    for PART in tl.static_range(PARTS):
+        if not NEAREST:
+            x0, x1, x2, x3 = load_quads(flat_ptr, group, PART * WIDTH, numel, GROUP_SIZE, WIDTH, RAGGED, True)
+            a0, c0, a1, c1 = group_noise(key, group, x0.to(tl.int32, bitcast=True), PART * QUADS)
+        byte = tl.zeros((ROWS, QUADS), tl.int32)
+        codes = group[:, None] * (GROUP_SIZE * BITS // 32) + PART * QUADS + tl.arange(0, QUADS)[None, :]
+        for S in tl.static_range(8):
+            x0, x1, x2, x3 = load_quads(
+                flat_ptr, group, (PARTS * S + PART) * WIDTH, numel, GROUP_SIZE, WIDTH, RAGGED, True
+            )
+            even = lanes_of(_fixed_point(x0, scale, MAGIC), _fixed_point(x2, scale, MAGIC_UPPER))
+            odd = lanes_of(_fixed_point(x1, scale, MAGIC), _fixed_point(x3, scale, MAGIC_UPPER))
             if NEAREST:
-                low = _level(x, sound, inv, 0.5)
-                high = _level(y, sound, inv, 0.5)
+                even += 0x00800080
+                odd += 0x00800080
             else:
-                low = _level(x, sound, inv, lane_noise(w0, w1, w2, w3, 2 * S + HALF))
-                high = _level(y, sound, inv, lane_noise(w0, w1, w2, w3, 2 * S + 8 + HALF))
-            first, second = add_pair(first, second, (low << 8) | (high << 24), S, BITS)
-        offsets = group[:, None] * (GROUP_SIZE * BITS // 8) + HALF * COLUMNS + column
-        store_pairs(codes_ptr, offsets, first, second, stored[:, None], BITS, GROUP_SIZE // 8)
+                noise = noise_word(a0, c0, a1, c1, S)
+                even += (noise & 0x00FF00FF).to(tl.int32)
+                odd += ((noise >> 8) & 0x00FF00FF).to(tl.int32)
+            byte |= packed(even, odd, BITS * S % 8, BITS)
+            if BITS * S % 8 + BITS >= 8:
+                row = codes + (BITS * S // 8) * (GROUP_SIZE // 32)
+                tl.store(codes_ptr + row, tl.where(sound, byte, 0), stored[:, None])
+                byte = packed(even, odd, BITS * S % 8 - 8, BITS)
 
 
 @triton.jit(do_not_specialize=["numel", "key", "first_tile"])
@@ -101,37 +111,49 @@ def _decode(
     ROWS: tl.constexpr,
     RAGGED: tl.constexpr,
 ) -> None:
-    COLUMNS: tl.constexpr = GROUP_SIZE // 16
+    PARTS: tl.constexpr = 2 if GROUP_SIZE > 32 else 1
+    WIDTH: tl.constexpr = GROUP_SIZE // (8 * PARTS)
+    QUADS: tl.constexpr = WIDTH // 4
     group, stored = groups_of_tile(first_tile, numel, GROUP_SIZE, ROWS)
-    column = tl.arange(0, COLUMNS)[None, :]
-    start = group[:, None] * GROUP_SIZE + column
 
     bits = tl.load(steps_ptr + group).to(tl.int32) << 16
     step = bits.to(tl.float32, bitcast=True)[:, None]
     # Comparisons instead of a maximum: they keep NaN.
     floor = tl.where(step * 0.03125 < TINY, TINY, step * 0.03125)
-    offsets = group[:, None] * (GROUP_SIZE * BITS // 8) + column
-    first0, second0 = load_pairs(codes_ptr, offsets, BITS, GROUP_SIZE // 8)
-    first1, second1 = load_pairs(codes_ptr, offsets + COLUMNS, BITS, GROUP_SIZE // 8)
+    fine = step * 0.00390625
+    shift = fine * -256.0
     if DITHER:
-        w0, w1, w2, w3 = noise_words(key, group[:, None] * COLUMNS + column + zero_of(first0))
-    for HALF in tl.static_range(2):
-        first = first0 if HALF == 0 else first1
-        second = second0 if HALF == 0 else second1
+        shift = fine * -383.5
+    for PART in tl.static_range(PARTS):
+        codes = group[:, None] * (GROUP_SIZE * BITS // 32) + PART * QUADS + tl.arange(0, QUADS)[None, :]
+        start = group[:, None] * GROUP_SIZE + PART * WIDTH + tl.arange(0, WIDTH)[None, :]
         for S in tl.static_range(8):
-            level = (pair_of(first, second, S % 4, BITS) >> (8 + 16 * (S // 4))) & 0xFF
+            even, odd = load_lanes(codes_ptr, codes, S, BITS, GROUP_SIZE // 32)
+            if DITHER and S == 0:
+                a0, c0, a1, c1 = group_noise(key, group, even, PART * QUADS)
             if DITHER:
-                value = ((level.to(tl.float32) - 0.5) - lane_noise(w0, w1, w2, w3, 2 * S + HALF)) * step
-            else:
-                value = (level.to(tl.float32) - 1.0) * step
-            value = tl.where(value < floor, floor, value)
-            # 0 * step, not 0: NaN in a group without a step.
-            value = tl.where(level == 0, step * 0.0, value)
-            element = start + (2 * S + HALF) * COLUMNS
-            store_float(flat_ptr, element, value, stored, numel, RAGGED)
+                noise = noise_word(a0, c0, a1, c1, S)
+                even |= (noise & 0x00FF00FF).to(tl.int32) ^ 0x00FF00FF
+                odd |= ((noise >> 8) & 0x00FF00FF).to(tl.int32) ^ 0x00FF00FF
+            x = join_quads(
+                _restored(lower_half(even), fine, shift, floor),
+                _restored(lower_half(odd), fine, shift, floor),
+                _restored(upper_half(even), fine, shift, floor),
+                _restored(upper_half(odd), fine, shift, floor),
+            )
+            store_float(flat_ptr, start + S * PARTS * WIDTH, x, stored, numel, RAGGED)
 
 
 @triton.jit
-def _level(x: tl.tensor, sound: tl.tensor, inv: tl.tensor, noise: tl.tensor) -> tl.tensor:
-    positive = sound & (x > 0.0)
-    return tl.where(positive, (tl.where(positive, x, 0.0) * inv + noise).to(tl.int32) + 1, 0)
+def _fixed_point(x: tl.tensor, scale: tl.tensor, ZERO: tl.constexpr) -> tl.tensor:
+    """Above the magic number ZERO: 256 levels up for positive values; the others stay below level 1 with any noise."""
+    return tl.where(x > 0.0, x * scale + (ZERO + 256.0), ZERO)
+
+
+@triton.jit
+def _restored(n: tl.tensor, fine: tl.tensor, shift: tl.tensor, floor: tl.tensor) -> tl.tensor:
+    # The product of 16 bits by 8 is exact, so that one rounding or two are the same.
+    value = tl.fma(n, fine, shift)
+    value = tl.where(value < floor, floor, value)
+    # 0 * step, not 0: NaN in a group without a step.
+    return tl.where(n < 256.0, fine * 0.0, value)

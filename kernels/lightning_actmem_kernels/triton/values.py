@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ..reference import bf16
+from .lanes import split_quads
 from .launch import INTERPRETED
 
 _LARGEST_STEP = tl.constexpr(bf16.LARGEST_STEP)
@@ -66,6 +67,32 @@ def load_float(
 
 
 @triton.jit
+def load_quads(
+    ptr: tl.tensor,
+    group: tl.tensor,
+    FIRST: tl.constexpr,
+    numel: tl.int64,
+    GROUP_SIZE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    REPEAT: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """As `load_float`, columns 4i, 4i + 1, 4i + 2 and 4i + 3 apart."""
+    if ptr.dtype.element_ty == tl.int32:
+        pair = tl.arange(0, COLUMNS // 2)[None, :]
+        words = tl.load(ptr + (group[:, None] * (GROUP_SIZE // 2) + FIRST // 2 + pair))
+        left, right = tl.split(tl.reshape(words, (group.shape[0], COLUMNS // 4, 2)))
+        return (
+            (left << 16).to(tl.float32, bitcast=True),
+            (left & _HIGH_HALF).to(tl.float32, bitcast=True),
+            (right << 16).to(tl.float32, bitcast=True),
+            (right & _HIGH_HALF).to(tl.float32, bitcast=True),
+        )
+    x0, x1, x2, x3 = split_quads(load_float(ptr, group, FIRST, numel, GROUP_SIZE, COLUMNS, RAGGED, REPEAT))
+    return x0, x1, x2, x3
+
+
+@triton.jit
 def store_float(
     ptr: tl.tensor, offsets: tl.tensor, value: tl.tensor, stored: tl.tensor, numel: tl.int64, RAGGED: tl.constexpr
 ) -> None:
@@ -119,10 +146,9 @@ def round_nearest(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def step_bits(span: tl.tensor, finite: tl.tensor, INTERVALS: tl.constexpr) -> tl.tensor:
-    """Bits of the smallest bfloat16 step of which INTERVALS cover `span`: 0, or in [2**-118, 2**126], or NaN beyond."""
-    # Older Triton flushes denormals in div_rn. They end as 2**-118 all the same, and `inverse` meets none.
-    step = tl.div_rn(span, 1.0 * INTERVALS)
+def step_bits(span: tl.tensor, finite: tl.tensor, RECIPROCAL: tl.constexpr) -> tl.tensor:
+    """As `reference.bf16.step_bits`, RECIPROCAL being that of the intervals; NaN where not `finite`."""
+    step = span * RECIPROCAL
     rounded_up = (step.to(tl.int32, bitcast=True) + 0xFFFF) & _HIGH_HALF
     rounded_up = tl.where(span > 0.0, tl.maximum(rounded_up, _SMALLEST_STEP_BITS), 0)
     return tl.where(finite & (step <= _LARGEST_STEP), rounded_up, _NAN_BITS)

@@ -1,0 +1,99 @@
+"""Four neighbouring codes in two registers, one for columns 4i and 4i + 2, one for 4i + 1 and 4i + 3, in 16 bits each.
+
+A half holds a fixed-point number, the code in its bits 8 and up and 8 bits of fraction below. So one instruction serves
+two elements, and the bytes of four columns come together by shifts and masks alone. Masks are written as signed 32-bit
+numbers, which is what an int32 takes as a constant.
+"""
+
+# mypy: allow-untyped-decorators
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+MAGIC = tl.constexpr(2.0**23)  # see reference/uniform.py
+# Shifted up, the bits of MAGIC + n leave n; in the upper half it meets the upper half of the lower one's magic number,
+# 0x4B00, which this offset of the number that goes there takes off again.
+MAGIC_UPPER = tl.constexpr(2.0**23 + 0x10000 - 0x4B00)
+
+
+@triton.jit
+def _shifted(x: tl.tensor, LEFT: tl.constexpr) -> tl.tensor:
+    if LEFT >= 0:
+        return x << LEFT
+    else:
+        return x >> -LEFT
+
+
+@triton.jit
+def _bits(x: tl.tensor) -> tl.tensor:
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def split_quads(x: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Columns 4i, 4i + 1, 4i + 2 and 4i + 3 of x [R, W], each [R, W/4]: in registers, nothing moves."""
+    halves = tl.reshape(x, (x.shape[0], x.shape[1] // 4, 2, 2))
+    even, odd = tl.split(halves)
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def join_quads(x0: tl.tensor, x1: tl.tensor, x2: tl.tensor, x3: tl.tensor) -> tl.tensor:
+    """The inverse of `split_quads`."""
+    return tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), (x0.shape[0], 4 * x0.shape[1]))
+
+
+@triton.jit
+def lanes_of(lower: tl.tensor, upper: tl.tensor) -> tl.tensor:
+    """Fixed-point numbers in two halves, from MAGIC + n and MAGIC_UPPER + n."""
+    return (_bits(upper) << 16) + _bits(lower)
+
+
+@triton.jit
+def lower_half(lanes: tl.tensor, OFFSET: tl.constexpr = 0) -> tl.tensor:
+    """Float32 of the number in the lower half, less OFFSET."""
+    # By the magic number: conversions run at a quarter of the rate.
+    return ((lanes & 0xFFFF) | 0x4B000000).to(tl.float32, bitcast=True) - (MAGIC + OFFSET)
+
+
+@triton.jit
+def upper_half(lanes: tl.tensor, OFFSET: tl.constexpr = 0) -> tl.tensor:
+    """Float32 of the number in the upper half, less OFFSET."""
+    return (((lanes >> 16) & 0xFFFF) | 0x4B000000).to(tl.float32, bitcast=True) - (MAGIC + OFFSET)
+
+
+@triton.jit
+def packed(even: tl.tensor, odd: tl.tensor, SHIFT: tl.constexpr, BITS: tl.constexpr) -> tl.tensor:
+    """The bytes of four columns in an int32, codes at bit SHIFT of each; what lies outside of the byte is cut off."""
+    CODE: tl.constexpr = (1 << BITS) - 1
+    BYTE: tl.constexpr = (CODE << SHIFT if SHIFT >= 0 else CODE >> -SHIFT) & 0xFF
+    ODD: tl.constexpr = ((BYTE * 0x01000100) ^ 0x80000000) - 0x80000000
+    return (_shifted(even, SHIFT - 8) & (BYTE * 0x00010001)) | (_shifted(odd, SHIFT) & ODD)
+
+
+@triton.jit
+def unpacked(word: tl.tensor, SHIFT: tl.constexpr, BITS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """The inverse of `packed`: codes in bits 8 and up of the halves, of even and of odd columns, zeros elsewhere."""
+    CODE: tl.constexpr = (1 << BITS) - 1
+    BYTE: tl.constexpr = (CODE << SHIFT if SHIFT >= 0 else CODE >> -SHIFT) & 0xFF
+    FOUND: tl.constexpr = BYTE >> SHIFT if SHIFT >= 0 else BYTE << -SHIFT
+    MASK: tl.constexpr = ((FOUND * 0x01000100) ^ 0x80000000) - 0x80000000
+    return _shifted(word, 8 - SHIFT) & MASK, _shifted(word, -SHIFT) & MASK
+
+
+@triton.jit
+def load_lanes(
+    ptr: tl.tensor, offsets: tl.tensor, S: tl.constexpr, BITS: tl.constexpr, ROW: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """`unpacked` codes of sub-block S, out of rows of ROW words."""
+    SHIFT: tl.constexpr = BITS * S % 8
+    even, odd = unpacked(tl.load(ptr + offsets + (BITS * S // 8) * ROW), SHIFT, BITS)
+    if SHIFT + BITS > 8:
+        even_rest, odd_rest = unpacked(tl.load(ptr + offsets + (BITS * S // 8 + 1) * ROW), SHIFT - 8, BITS)
+        even |= even_rest
+        odd |= odd_rest
+    return even, odd

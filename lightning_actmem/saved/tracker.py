@@ -1,0 +1,168 @@
+"""Which operation is running, and with what arguments."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from .declared import Declared
+from .geometry import Geometry, is_plain
+from .operation import Operation, operation_of
+from .recipe import tensors_of
+
+
+class Call:
+    """A torch function that is running.
+
+    Args:
+        operation: What is known of it, whatever its arguments.
+        function: The function.
+        arguments: Its positional arguments.
+        keywords: Its keyword arguments.
+    """
+
+    __slots__ = ("_inputs", "arguments", "function", "keywords", "operation", "saved")
+
+    def __init__(
+        self,
+        operation: Operation,
+        function: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any],
+    ) -> None:
+        self.operation = operation
+        self.function = function
+        self.arguments = arguments
+        self.keywords = keywords
+        self.saved: list[tuple[Tensor, Any]] | None = None
+        self._inputs: list[tuple[Tensor, Geometry | None]] | None = None
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the function changes its first argument."""
+        return self.operation.changes_first_argument(self.keywords)
+
+    def inputs(self) -> list[tuple[Tensor, Geometry | None]]:
+        """Return every tensor within the arguments and its geometry (``None``: not plain) at the first call of this."""
+        if self._inputs is None:
+            tensors = tensors_of([self.arguments, self.keywords])
+            self._inputs = [(tensor, Geometry.of(tensor) if is_plain(tensor) else None) for tensor in tensors]
+        return self._inputs
+
+    def named_tensors(self) -> list[tuple[str, Tensor]]:
+        """Return the name and value of every tensor among the arguments."""
+        names = self.operation.argument_names
+        found: list[tuple[str, Tensor]] = []
+        for position, argument in enumerate(self.arguments):
+            name = names[position] if position < len(names) else f"arg{position}"
+            if isinstance(argument, Tensor):
+                found.append((name, argument))
+            elif isinstance(argument, (list, tuple)):
+                found.extend(_numbered_tensors(name, argument))
+        for name, argument in self.keywords.items():
+            if isinstance(argument, Tensor):
+                found.append((name, argument))
+            elif isinstance(argument, (list, tuple)):
+                found.extend(_numbered_tensors(name, argument))
+        return found
+
+
+#: Stands for the running call when there is none.
+NO_CALL = Call(Operation(), lambda: None, (), {})
+
+
+class Observer(Protocol):
+    """Who wants to know the results of operations.
+
+    Attributes:
+        operations: Plain names of these operations.
+    """
+
+    operations: frozenset[str]
+
+    def after(self, call: Call, result: Any) -> None:
+        """Take the result of an operation."""
+        ...
+
+
+class OperationTracker(TorchFunctionMode):
+    """Notes the torch function that is running (0.4 us per operation beside the 0.7 us of any torch-function mode).
+
+    An `observer` is told of those operations that it asks for and that run with gradient; ``replacements`` run instead
+    of theirs, as ``replacement(function, arguments, keywords)``, and put into ``declared`` what they save, by its
+    storage's identity.
+
+    `call` is the running operation, and `NO_CALL` outside every operation: arguments are not kept beyond their call.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.call = NO_CALL
+        self.observer: Observer | None = None
+        self.replacements: dict[Callable[..., Any], Callable[..., Any]] = {}
+        self.declared: dict[int, Declared] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operation with its name and arguments on record."""
+        kwargs = kwargs or {}
+        operation = operation_of(func)
+        if operation.saves_nothing:
+            return func(*args, **kwargs)
+        outer = self.call
+        self.call = call = Call(operation, func, args, kwargs)
+        try:
+            if operation.hides_others:
+                with self:
+                    return _without_override_check(func)(*args, **kwargs)
+            observer = self.observer
+            is_noted = observer is not None and operation.name in observer.operations and torch.is_grad_enabled()
+            if is_noted:
+                call.saved = []
+                if call.in_place:
+                    call.inputs()  # as they are before they change
+            replacement = self.replacements.get(func)
+            result = func(*args, **kwargs) if replacement is None else replacement(func, args, kwargs)
+            if observer is not None and is_noted:
+                observer.after(call, result)
+            return result
+        finally:
+            self.call = outer
+
+    def name(self) -> str:
+        """Return the running operation's plain name (``add_`` and ``__add__`` are ``add``), or ``""``."""
+        return self.call.operation.name
+
+
+def _numbered_tensors(name: str, items: list[Any] | tuple[Any, ...]) -> list[tuple[str, Tensor]]:
+    return [(f"{name}{number}", item) for number, item in enumerate(items) if isinstance(item, Tensor)]
+
+
+@functools.cache
+def _without_override_check(function: types.FunctionType) -> Callable[..., Any]:
+    """Return a copy of a `torch.nn.functional` function that does not look for torch-function modes itself.
+
+    With the mode on, the original would hand itself to the mode again, without end.
+    """
+    quiet = {name: _no_override for name in vars(functional) if name.startswith("has_torch_function")}
+    copy = types.FunctionType(
+        function.__code__,
+        {**function.__globals__, **quiet},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _no_override(*_: Any) -> bool:
+    return False

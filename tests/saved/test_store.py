@@ -1,0 +1,71 @@
+"""The store: every byte is booked once, and only as long as somebody holds it."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from lightning_actmem.saved.handle import Kept
+from lightning_actmem.saved.identify import Verdict
+from lightning_actmem.saved.ledger import Ledger
+from lightning_actmem.saved.scope import LayerScope
+from lightning_actmem.saved.store import Store
+from lightning_actmem_kernels import CodecSpec
+
+SMALL = Verdict("tanh", "result", "small")
+PACKED = Verdict("linear", "input", "packed", CodecSpec("uniform", bits=4))
+
+
+@pytest.fixture
+def ledger() -> Ledger:
+    return Ledger()
+
+
+@pytest.fixture
+def store(ledger: Ledger) -> Store:
+    return Store(LayerScope(nullcontext), ledger, None)
+
+
+def live_bytes(ledger: Ledger) -> tuple[int, int]:
+    ledger.settle()
+    return ledger.live_saved_bytes, ledger.live_raw_bytes
+
+
+def test_the_first_of_a_storage_is_kept_and_booked_once(store: Store, ledger: Ledger) -> None:
+    x = torch.randn(1024)
+    storage = x.untyped_storage()
+    first = store.put_first(x, storage, SMALL)
+    second = store.put(x[1:], store.shared[storage], SMALL)
+    assert isinstance(first, Kept)
+    assert live_bytes(ledger) == (x.nbytes, x.nbytes)
+    del first
+    assert live_bytes(ledger) == (x.nbytes, x.nbytes)
+    del second
+    assert live_bytes(ledger) == (0, 0)
+    assert [(row.tensors, row.raw_bytes) for row in ledger.sites.values()] == [(1, x.nbytes), (1, 0)]
+
+
+@pytest.mark.parametrize("kept_first", [True, False])
+def test_a_code_holds_the_raw_bytes_when_what_was_kept_is_gone(store: Store, ledger: Ledger, kept_first: bool) -> None:
+    x = torch.randn(1024)
+    storage = x.untyped_storage()
+    handles = {}
+    for verdict in (SMALL, PACKED) if kept_first else (PACKED, SMALL):
+        known = store.shared.is_known(storage._cdata)
+        put = store.put(x, store.shared[storage], verdict) if known else store.put_first(x, storage, verdict)
+        handles[verdict.kind] = put
+    code_bytes = CodecSpec("uniform", bits=4).stored_bytes(1024, x.dtype)
+    assert live_bytes(ledger) == (x.nbytes + code_bytes, x.nbytes)
+    del put, handles["small"]
+    assert live_bytes(ledger) == (code_bytes, x.nbytes)
+    handles.clear()
+    assert live_bytes(ledger) == (0, 0)
+
+
+def test_a_small_view_of_a_large_storage_is_copied(store: Store, ledger: Ledger) -> None:
+    x = torch.randn(1024)
+    handle = store.put_first(x[:8], x.untyped_storage(), SMALL)
+    assert torch.equal(handle.restore(), x[:8])
+    assert live_bytes(ledger) == (8 * x.element_size(), x.nbytes)
