@@ -68,10 +68,10 @@ class Kept:
         Raises:
             RuntimeError: If it has been modified in place since it was saved.
         """
-        tensor = self._tensor
-        if self.is_modified:
+        tensor, version = self._tensor, self._version
+        if version is not None and tensor._version != version:
             raise RuntimeError(
-                _MODIFIED.format(type=tensor.type(), shape=list(tensor.shape), now=tensor._version, then=self._version)
+                _MODIFIED.format(type=tensor.type(), shape=list(tensor.shape), now=tensor._version, then=version)
             )
         return tensor
 

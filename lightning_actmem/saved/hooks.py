@@ -22,6 +22,14 @@ from .store import IDENTITY, Store
 from .tracker import OperationTracker
 
 _TENSOR_TYPES = (Tensor, nn.Parameter)
+_STRIDED = torch.strided
+# Neither quantised nor complex: of these only the bit for the sign of an imaginary part is left to ask for.
+_REAL = frozenset(
+    [
+        *(torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.bool),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+    ]
+)
 _SPARSE_PARTS = {
     torch.sparse_coo: ("_indices", "_values"),
     **dict.fromkeys((torch.sparse_csr, torch.sparse_bsr), ("crow_indices", "col_indices", "values")),
@@ -148,9 +156,9 @@ class SavedTensorHooks:
 
 def _storage(tensor: Tensor) -> UntypedStorage | None:
     """Return the storage of a plain dense tensor, and ``None`` for everything else."""
-    if type(tensor) not in _TENSOR_TYPES or tensor.layout is not torch.strided:
+    if type(tensor) not in _TENSOR_TYPES or tensor.layout is not _STRIDED or tensor.is_nested or tensor.is_neg():
         return None
-    if tensor.is_nested or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
+    if tensor.dtype not in _REAL and (tensor.is_quantized or tensor.is_conj()):
         return None  # a conjugate view has the storage of its base, and other values
     return tensor.untyped_storage()
 

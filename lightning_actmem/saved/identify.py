@@ -162,7 +162,7 @@ class Identifier:
         if self._declared and (declared := self._declared.get(storage_id)) is not None:
             return self._of_declared(tensor, operation, declared, frame.layer)
         role, source = _role(tensor, storage_id, call)
-        if not _is_computed(tensor, operation, role) and is_weight(tensor):
+        if not _is_computed(operation, role) and is_weight(tensor):
             return _by_reference(operation, "weight", "weight")
         if source is not None and _is_parameter(source):
             return _by_reference(operation, role, "weight")  # a cast of a frozen weight
@@ -340,12 +340,13 @@ def _is_parameter(tensor: Tensor) -> bool:
     return type(tensor) is not Tensor and isinstance(tensor, nn.Parameter)
 
 
-def _is_computed(tensor: Tensor, operation: str, role: str) -> bool:
+def _is_computed(operation: str, role: str) -> bool:
     """Whether it is clear that the operation itself has computed the tensor.
 
     Otherwise its history has to be asked, and autograd keeps what it answers: 0.9 us and an object for each tensor.
     """
-    return role == "result" and operation in ops.ELEMENTWISE and not torch.is_autocast_enabled(tensor.device.type)
+    # Of any device: to ask for the tensor's own takes a microsecond, most of it for the name of the device.
+    return role == "result" and operation in ops.ELEMENTWISE and not torch._C._is_any_autocast_enabled()
 
 
 def _role(tensor: Tensor, storage_id: int, call: Call) -> tuple[str, Tensor | None]:
