@@ -15,6 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from lightning_actmem_kernels import CodecSpec
 from lightning_actmem_kernels.spec import WIDTHS
 
+from .units import parse_bytes
+
 LOSSLESS_BITS = 32
 BITS = (1, 2, 3, 4, 8, LOSSLESS_BITS)
 CODECS = ("auto", "measured", "uniform", "rotated", "bfp", "fp8_e4m3", "fp8_e5m2", "identity")
@@ -22,6 +24,7 @@ _NARROW_CODECS = ("bfp", "fp8_e4m3", "fp8_e5m2")
 ROUNDINGS = ("dither", "stochastic", "nearest")
 ACTIVATIONS = ("derive", "derivative", "inverted")
 BACKENDS = ("auto", "triton", "torch")
+METHODS = ("actmem", "actnn", "gact")
 
 ConfigLike = Union["ActMemConfig", DictConfig, Mapping[str, Any], str, "os.PathLike[str]", None]
 
@@ -55,6 +58,14 @@ class ActMemConfig:
         exact: What stays exact: patterns of layer paths (``"encoder.0"`` and everything below it, ``"*.head"``), of
             classes (``"type:LayerNorm"``, likewise), or of operations (``"op:gelu"``).
         min_elements: Tensors with fewer elements than this stay as they are.
+        adapt: Whether the bits of every site follow from what its rounding does to the gradient. ``None``: if
+            ``noise``, ``budget`` or another ``method`` than ``"actmem"`` is given. With neither ``noise`` nor
+            ``budget``, ``bits`` is the average over what is stored.
+        noise: Variance that rounding may add to the gradient, relative to the variance that the minibatch gradient has
+            by itself (0.05: 5 %); with the fewest bytes. Given with ``budget``, the bytes keep the budget first.
+        budget: Activation bytes to store at most: ``"4GiB"``, ``"800MB"``, ``"1000000"``; with the least variance.
+        adapt_every: Training steps between two adaptations; 0: once an epoch.
+        method: ``"actmem"`` (measured), or for comparison ``"actnn"`` or ``"gact"``, as these were published.
         summary: Print the per-layer table after the first training step.
 
     Raises:
@@ -79,6 +90,11 @@ class ActMemConfig:
     layer_bits: dict[str, int] = field(default_factory=dict, hash=False)
     exact: tuple[str, ...] = ()
     min_elements: int = 1024
+    adapt: Optional[bool] = None  # noqa: UP045
+    noise: Optional[float] = None  # noqa: UP045
+    budget: Optional[str] = None  # noqa: UP045
+    adapt_every: int = 0
+    method: str = "actmem"
     summary: bool = True
 
     def __post_init__(self) -> None:
@@ -111,6 +127,42 @@ class ActMemConfig:
         object.__setattr__(self, "exact", tuple(exact))
         self._check_layer_bits()
         CodecSpec("uniform", bits=4, group_size=self.group_size)  # the kernels own the rule for group sizes
+        self._check_adaptation()
+
+    def _check_adaptation(self) -> None:
+        _check_int("adapt_every", self.adapt_every)
+        _check_choice("method", self.method, METHODS)
+        if self.adapt_every < 0:
+            raise ValueError(f"adapt_every must be 0 or more, got {self.adapt_every}. Use 0 for once an epoch.")
+        if not (self.adapt is None or isinstance(self.adapt, bool)):
+            raise TypeError(f"adapt must be true, false or null, got {self.adapt!r}.")
+        noise: Any = self.noise
+        if noise is not None and (not isinstance(noise, (int, float)) or isinstance(noise, bool)):
+            raise TypeError(f"noise must be a number such as 0.05, got {noise!r}.")
+        if noise is not None and not noise > 0:
+            raise ValueError(f"noise must be above 0, got {noise}. Use bits=32 for no noise at all.")
+        if not (self.budget is None or isinstance(self.budget, str)):
+            raise TypeError(f"budget must be a text such as '4GiB', got {self.budget!r}.")
+        if self.budget_bytes == 0:
+            raise ValueError("budget must be above 0 bytes. Leave it out for no budget.")
+        if self.adapt is False and (self.noise is not None or self.budget is not None):
+            raise ValueError("noise and budget need adaptation, got adapt=False. Leave adapt out.")
+        if self.adapts and self.lossless:
+            raise ValueError(
+                f"adaptation needs a codec that rounds, got bits={self.bits}, codec={self.codec!r}. Choose the bits to "
+                "begin with, from 1 to 8."
+            )
+
+    @property
+    def adapts(self) -> bool:
+        """Whether codec and bits of every site follow from what is measured."""
+        given = self.noise is not None or self.budget is not None or self.method != METHODS[0]
+        return given if self.adapt is None else self.adapt
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """``budget`` as a number of bytes."""
+        return None if self.budget is None else parse_bytes(self.budget)
 
     def _check_layer_bits(self) -> None:
         given: Any = self.layer_bits

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_actmem_kernels import CodecSpec, resolve_backend
 
+from .adapt.adapter import Adapter
 from .adapt.choose import CodecChooser
+from .adapt.linear import COVERED, ClosedForm
+from .adapt.outputs import Outputs
+from .adapt.replay import Replay
+from .adapt.state import plan_of, plan_state
 from .config import LOSSLESS_BITS, ActMemConfig, ConfigLike
 from .errors import ActMemError, ActMemWarning
 from .methods import DerivativeChains, Gate, InvertedActivations
@@ -25,8 +30,9 @@ from .saved.borrowed import Borrowed
 from .saved.hooks import SavedTensorHooks
 from .saved.identify import Codecs, Identifier
 from .saved.ledger import Ledger
+from .saved.probe import Rounding
 from .saved.scope import LayerScope, is_compiled
-from .saved.site import mix64
+from .saved.site import Site, mix64
 from .saved.stack import HookStack, in_checkpoint
 from .saved.store import Store
 from .saved.tracker import OperationTracker
@@ -75,8 +81,10 @@ class ActMemEngine:
         if derive:
             self._tracker.replacements[F.scaled_dot_product_attention] = self._attention
         self._store = Store(self._scope, self.ledger, _backend(self.config.backend))
-        self._chooser = _chooser(self.config)
-        self._store.watch = self._chooser
+        #: Chooses the bits of every site, if the settings ask for it.
+        self.adapter = Adapter(self, self.config) if self.config.adapts else None
+        self._chooser = None if self.adapter is not None else _chooser(self.config)
+        self._store.watch = self._chooser if self.adapter is None else self.adapter.sizes
         self._identifier = Identifier(
             _codecs(self.config, derive),
             self.config.min_elements,
@@ -84,6 +92,7 @@ class ActMemEngine:
             _other_codecs(self.config, derive),
             self._tracker.declared,
         )
+        self._store.keeps_width = self.adapter is not None
         self._hooks = SavedTensorHooks(self._tracker, self._scope, self._store, self._identifier, derive)
         self._stack = HookStack(self._hooks.pack, self._hooks.unpack, self._tracker)
         self._active = False
@@ -144,6 +153,8 @@ class ActMemEngine:
             self._hooks.end_step()
             if self._method is not None:
                 self._method.end_step()
+            if self.adapter is not None:
+                self.adapter.sizes.end_step(self.ledger)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -153,6 +164,61 @@ class ActMemEngine:
         """
         with self._suspended():
             yield
+
+    @property
+    def plan(self) -> Mapping[Site, CodecSpec | None]:
+        """The codec of single sites, where one has been chosen; ``None`` keeps the tensor as it is."""
+        return self._store.plan
+
+    @plan.setter
+    def plan(self, plan: Mapping[Site, CodecSpec | None]) -> None:
+        self._store.plan = dict(plan)
+
+    def probe(
+        self,
+        loss: Callable[[], Tensor],
+        module: nn.Module | None = None,
+        *,
+        inputs: Any = None,
+        number: int = 0,
+        compact: bool = False,
+    ) -> Replay:
+        """Run forward and loss with everything stored as it is, for backward passes that round what they are told to.
+
+        Sites, sharing and derivation are as in a training step under the present `plan`; the engine's own figures and
+        its noise stay as they are.
+
+        Args:
+            loss: Runs forward and loss on a part of a batch, and returns the loss.
+            module: As for `compress`.
+            inputs: As for `compress`.
+            number: Tells the noise of several probes in one step apart.
+            compact: Whether to store at 8 bits what may be packed, instead of exactly.
+
+        Returns:
+            The graph.
+        """
+        prober = ActMemEngine(self._probe_config())
+        prober._warned = True
+        prober._chooser = None
+        store = prober._store
+        store.plan = self.plan
+        # The complement gives other noise than that of any training step.
+        noise = mix64(~self.config.seed, self.rank, self.step, number)
+        store.watch = rounding = Rounding(noise, prober.ledger, store.cache, _backend(prober.config.backend), compact)
+        closed_form = ClosedForm(rounding, store.shared)
+        for function in COVERED:
+            prober._tracker.replacements.setdefault(function, closed_form.run)
+        outputs = Outputs(rounding)
+        following = outputs if self.config.method == "actnn" else nullcontext()  # it holds gradients, for ActNN only
+        with prober.compress(module, inputs=inputs), following:
+            return Replay(loss(), rounding, closed_form, outputs)
+
+    def _probe_config(self) -> ActMemConfig:
+        """The same settings, without a second warning of a missing Triton."""
+        if self.config.backend == "auto" and find_spec("triton") is None:
+            return dataclasses.replace(self.config, backend="torch")
+        return self.config
 
     def report(self, *, table: bool = True) -> StepReport:
         """Return what the last step has stored.
@@ -171,6 +237,10 @@ class ActMemEngine:
         state: dict[str, Any] = {"version": 1, "step": self.step}
         if self._chooser is not None:
             state["codecs"] = self._chooser.state_dict()
+        else:
+            state["plan"] = plan_state(self.plan)
+        if self.adapter is not None:
+            state["adapter"] = self.adapter.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -190,6 +260,10 @@ class ActMemEngine:
         self.step = int(state["step"])
         if self._chooser is not None and "codecs" in state:
             self._chooser.load_state_dict(state["codecs"])
+        elif "plan" in state and ("adapter" in state) == (self.adapter is not None):
+            self.plan = plan_of(state["plan"])
+        if self.adapter is not None and "adapter" in state:
+            self.adapter.load_state_dict(state["adapter"])
 
     def _name_classes(self, classes: dict[str, str]) -> None:
         self._identifier.name_classes(classes)
@@ -281,7 +355,7 @@ def _codecs(config: ActMemConfig, derive: bool) -> Codecs:
         attention=general(max(config.bits, config.attention_bits)) if derive else None,
         loss=general(max(config.bits, config.loss_bits)),
         smallest=True,
-        signed=_signed(general(config.bits)) if derive and config.codec != "measured" else None,
+        signed=_signed(general(config.bits), config) if derive else None,
     )
 
 
@@ -307,8 +381,14 @@ def _chooser(config: ActMemConfig) -> CodecChooser | None:
     return CodecChooser(settings, None if config.backend == "auto" else config.backend)
 
 
-def _signed(spec: CodecSpec | None) -> CodecSpec | None:
-    """Return the codec for the input of a batch norm behind a ReLU: with its sign 2 bits in all."""
-    if spec is None or spec.codec != "rotated" or spec.bits > _RELU_MIN_BITS:
+def _signed(spec: CodecSpec | None, config: ActMemConfig) -> CodecSpec | None:
+    """Return the codec for the input of a batch norm behind a ReLU: with its sign 2 bits in all.
+
+    Where bits adapt, any width may come, and keeps its bits behind the sign (`Store.keeps_width`).
+    """
+    behind = CodecSpec("rotated", 1, config.group_size, config.rounding, centre=True)
+    if config.adapts:
+        return behind if config.codec in _ROTATED_BITS else None
+    if spec is None or spec.codec != "rotated" or spec.bits > _RELU_MIN_BITS or config.codec == "measured":
         return None
-    return CodecSpec("rotated", 1, spec.group_size, spec.rounding, centre=True)
+    return behind

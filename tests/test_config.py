@@ -32,6 +32,14 @@ from lightning_actmem import ActMemConfig
         ({"backend": "cuda"}, r"backend must be one of 'auto', 'triton', 'torch', got 'cuda'"),
         ({"activations": "gelu"}, r"activations must be one of 'derive', 'derivative', 'inverted', got 'gelu'"),
         ({"seed": -1}, r"seed must be from 0 to 2\*\*31 - 1, got -1"),
+        ({"adapt_every": -1}, r"adapt_every must be 0 or more, got -1\. Use 0 for once an epoch"),
+        ({"method": "auto"}, r"method must be one of 'actmem', 'actnn', 'gact', got 'auto'"),
+        ({"noise": 0}, r"noise must be above 0, got 0\. Use bits=32"),
+        ({"budget": "4 pies"}, r"an amount of memory must look like '4GiB', .*, got '4 pies'"),
+        ({"budget": "0"}, r"budget must be above 0 bytes"),
+        ({"adapt": False, "noise": 0.1}, r"noise and budget need adaptation, got adapt=False"),
+        ({"bits": 32, "adapt": True}, r"adaptation needs a codec that rounds, got bits=32, codec='auto'"),
+        ({"codec": "identity", "budget": "1GB"}, r"adaptation needs a codec that rounds, .*codec='identity'"),
         ({"layer_bits": {"head": 5}}, r"layer_bits\['head'\] must be one of 1, 2, 3, 4, 8, 32, got 5"),
         ({"layer_bits": {"head": 8}, "bits": 32}, r"layer_bits need a codec that rounds, got bits=32"),
         ({"min_elements": -1}, r"min_elements must be 0 or more, got -1"),
@@ -52,6 +60,11 @@ def test_bad_values(fields: dict[str, Any], message: str) -> None:
         ({"layer_bits": [8]}, r"layer_bits must map patterns to bits, .* got \[8\]"),
         ({"layer_bits": {"head": "many"}}, r"layer_bits\['head'\] must be an integer, got 'many'"),
         ({"derive": "maybe"}, "derive must be true, false or null, got 'maybe'"),
+        ({"adapt": "yes"}, "adapt must be true, false or null, got 'yes'"),
+        ({"noise": "low"}, "noise must be a number such as 0.05, got 'low'"),
+        ({"noise": True}, "noise must be a number such as 0.05, got True"),
+        ({"budget": 4096}, "budget must be a text such as '4GiB', got 4096"),
+        ({"adapt_every": 0.5}, "adapt_every must be an integer, got 0.5"),
         ({"summary": "no"}, "summary must be true or false, got 'no'"),
     ],
 )
@@ -82,6 +95,22 @@ def test_patterns_are_a_tuple_whatever_they_come_as(tmp_path: Path) -> None:
     assert ActMemConfig.load(path).exact == ("encoder.0", "op:gelu")
     assert ActMemConfig(exact=["a"]).exact == ("a",)  # type: ignore[arg-type]
     assert hash(ActMemConfig.load(path))
+
+
+def test_adaptation_is_on_when_something_asks_for_it() -> None:
+    assert not ActMemConfig().adapts
+    assert all(ActMemConfig(**given).adapts for given in ({"noise": 0.1}, {"budget": "1GB"}, {"method": "gact"}))
+    assert ActMemConfig(adapt=True).adapts
+    assert not ActMemConfig(adapt=False, method="gact").adapts
+
+
+@pytest.mark.parametrize(
+    ("text", "stored_bytes"),
+    [("4GiB", 2**32), ("1.5 kB", 1500), ("800MB", 800_000_000), ("1000", 1000), ("2 tib", 2**41), ("7b", 7)],
+)
+def test_budgets(text: str, stored_bytes: int) -> None:
+    assert ActMemConfig(budget=text).budget_bytes == stored_bytes
+    assert ActMemConfig.load({"budget": text}).budget_bytes == stored_bytes
 
 
 def test_interpolations_resolve() -> None:

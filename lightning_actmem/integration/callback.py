@@ -44,6 +44,11 @@ class ActMem(Callback):
         layer_bits: Bits of layers that have their own, by pattern.
         exact: Patterns of layers or operations that stay exact.
         min_elements: Tensors with fewer elements than this stay as they are.
+        adapt: Whether the bits of every site follow from what its rounding does to the gradient.
+        noise: Variance that rounding may add to the gradient, relative to the minibatch gradient's own.
+        budget: Activation bytes to store at most (``"4GiB"``).
+        adapt_every: Training steps between two adaptations; 0: once an epoch.
+        method: ``"actmem"``, ``"actnn"`` or ``"gact"``.
         summary: Print the per-layer table after the first training step.
         **fields: No others; a misspelled one is refused with the right name.
 
@@ -73,6 +78,11 @@ class ActMem(Callback):
         layer_bits: dict[str, int] | None = None,
         exact: tuple[str, ...] | None = None,
         min_elements: int | None = None,
+        adapt: bool | None = None,
+        noise: float | None = None,
+        budget: str | None = None,
+        adapt_every: int | None = None,
+        method: str | None = None,
         summary: bool | None = None,
         **fields: Any,
     ) -> None:
@@ -91,6 +101,11 @@ class ActMem(Callback):
             layer_bits=layer_bits,
             exact=exact,
             min_elements=min_elements,
+            adapt=adapt,
+            noise=noise,
+            budget=budget,
+            adapt_every=adapt_every,
+            method=method,
             summary=summary,
             **fields,
         )

@@ -61,6 +61,11 @@ class ActMemStrategy(_ActMemMixin, SingleDeviceStrategy):
         layer_bits: Bits of layers that have their own, by pattern.
         exact: Patterns of layers or operations that stay exact.
         min_elements: Tensors with fewer elements than this stay as they are.
+        adapt: Whether the bits of every site follow from what its rounding does to the gradient.
+        noise: Variance that rounding may add to the gradient, relative to the minibatch gradient's own.
+        budget: Activation bytes to store at most (``"4GiB"``).
+        adapt_every: Training steps between two adaptations; 0: once an epoch.
+        method: ``"actmem"``, ``"actnn"`` or ``"gact"``.
         summary: Print the per-layer table after the first training step.
         device: The device; ``None`` takes it from the Trainer.
         accelerator: As for Lightning's strategies.
@@ -98,6 +103,11 @@ class ActMemStrategy(_ActMemMixin, SingleDeviceStrategy):
         layer_bits: dict[str, int] | None = None,
         exact: tuple[str, ...] | None = None,
         min_elements: int | None = None,
+        adapt: bool | None = None,
+        noise: float | None = None,
+        budget: str | None = None,
+        adapt_every: int | None = None,
+        method: str | None = None,
         summary: bool | None = None,
         device: torch.device | str | int | None = None,
         accelerator: Accelerator | None = None,
@@ -126,6 +136,11 @@ class ActMemStrategy(_ActMemMixin, SingleDeviceStrategy):
             layer_bits=layer_bits,
             exact=exact,
             min_elements=min_elements,
+            adapt=adapt,
+            noise=noise,
+            budget=budget,
+            adapt_every=adapt_every,
+            method=method,
             summary=summary,
             **fields,
         )
@@ -199,6 +214,11 @@ class ActMemDDPStrategy(_ActMemMixin, DDPStrategy):
         layer_bits: Bits of layers that have their own, by pattern.
         exact: Patterns of layers or operations that stay exact.
         min_elements: Tensors with fewer elements than this stay as they are.
+        adapt: Whether the bits of every site follow from what its rounding does to the gradient.
+        noise: Variance that rounding may add to the gradient, relative to the minibatch gradient's own.
+        budget: Activation bytes to store at most (``"4GiB"``).
+        adapt_every: Training steps between two adaptations; 0: once an epoch.
+        method: ``"actmem"``, ``"actnn"`` or ``"gact"``.
         summary: Print the per-layer table after the first training step.
         **ddp_arguments: Those of Lightning's ``DDPStrategy``.
 
@@ -226,6 +246,11 @@ class ActMemDDPStrategy(_ActMemMixin, DDPStrategy):
         layer_bits: dict[str, int] | None = None,
         exact: tuple[str, ...] | None = None,
         min_elements: int | None = None,
+        adapt: bool | None = None,
+        noise: float | None = None,
+        budget: str | None = None,
+        adapt_every: int | None = None,
+        method: str | None = None,
         summary: bool | None = None,
         **ddp_arguments: Any,
     ) -> None:
@@ -245,6 +270,11 @@ class ActMemDDPStrategy(_ActMemMixin, DDPStrategy):
             layer_bits=layer_bits,
             exact=exact,
             min_elements=min_elements,
+            adapt=adapt,
+            noise=noise,
+            budget=budget,
+            adapt_every=adapt_every,
+            method=method,
             summary=summary,
         )
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import operation as ops
 from .derived import Derived
 from .handle import Handle
+from .probe import ProbePayload
 from .recipe import Autocast, Recipe, Slot, Source
 from .signed import Sign
 from .undecided import Undecided, undecided_behind
@@ -49,7 +50,7 @@ def batch_norm_recipe(
     return Recipe(_normalised, slots, {}, autocast, steps=0), (inputs[0], *statistics[:2], *sources)
 
 
-def signs_behind(derived: Derived) -> Iterator[tuple[Undecided, Sign | None]]:
+def signs_behind(derived: Derived) -> Iterator[tuple[Undecided | ProbePayload, Sign | None]]:
     """Yield the inputs of batch norms that wait behind a ReLU's output, or behind something else that is derived.
 
     Args:

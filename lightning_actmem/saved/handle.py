@@ -333,6 +333,10 @@ class DecodeCache:
         self._capacity = capacity
         self._segments: OrderedDict[int, tuple[ReferenceType[AnyPayload], Tensor, int, int]] = OrderedDict()
 
+    def clear(self) -> None:
+        """Forget every segment: what payloads return is about to change."""
+        self._segments.clear()
+
     def decode(self, payload: AnyPayload) -> Tensor:
         """Return a payload's segment, decoded now or lately."""
         number = id(payload)

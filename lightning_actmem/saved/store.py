@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from time import perf_counter_ns
-from typing import Protocol
 
 import torch
 from torch import Tensor, UntypedStorage
@@ -21,6 +20,7 @@ from .geometry import Geometry
 from .handle import DecodeCache, Handle, Kept, Packed, Payload, PoolIndices, Stand
 from .identify import MASK, POSITIONS, Verdict
 from .ledger import Charge, Ledger, SiteBytes
+from .probe import ProbePayload, Watch, may_fold
 from .scope import LayerScope
 from .share import SharedStorages, StoredStorage
 from .site import Site, SiteTable
@@ -30,22 +30,6 @@ from .weights import Recast
 IDENTITY = CodecSpec("identity")
 # A view by reference keeps its whole storage alive; from this many times its own size on, it is copied instead.
 _CLONE_FACTOR = 16
-
-
-class Watch(Protocol):
-    """Who wants to know of every tensor whose codec may be chosen."""
-
-    def put(self, tensor: Tensor, layout: Layout, site: Site, verdict: Verdict, spec: CodecSpec | None) -> None:
-        """Take note of a tensor that is about to be stored.
-
-        Args:
-            tensor: The tensor.
-            layout: Its layout.
-            site: Where it comes from.
-            verdict: What it is; ``verdict.spec`` is its codec without a plan.
-            spec: Its codec by the plan; ``None`` keeps it exact.
-        """
-        ...
 
 
 class Store:
@@ -69,6 +53,8 @@ class Store:
         self.plan: Mapping[Site, CodecSpec | None] = {}
         #: Who wants to know of the tensors that a plan may speak of.
         self.watch: Watch | None = None
+        #: Whether a ReLU's sign leaves the input of a batch norm its bits, instead of taking one away.
+        self.keeps_width = False
         self._borrowed_seen: set[int] = set()
         self._waiting = Waiting()
         self._noise = 0
@@ -138,20 +124,25 @@ class Store:
         if verdict.spec is not None and not verdict.spec.lossless and not verdict.pinned:
             spec = self.plan.get(site, spec)
             if self.watch and layout is not None and not _is_no_smaller(verdict.spec, layout, tensor, storage):
-                self.watch.put(tensor, layout, site, verdict, spec)
+                payload = self.watch.put(tensor, layout, site, verdict, spec)
+                if isinstance(payload, ProbePayload) and verdict.signed is not None and _fills(tensor, layout):
+                    payload.wait(None if self.keeps_width or site in self.plan else verdict.signed)
+                    self._waiting.add(payload)
+                if payload is not None:
+                    return entry.add(Geometry.of(tensor), layout, payload)
         if spec is None and verdict.versioned and storage.nbytes() >= _CLONE_FACTOR * tensor.nbytes:
             spec = IDENTITY
         if layout is None or spec is None or _is_no_smaller(spec, layout, tensor, storage):
             return self._keep(tensor, storage, entry, verdict, site)
-        fills_storage = layout.dense and storage.nbytes() == tensor.nbytes
-        if verdict.signed is not None and site not in self.plan and fills_storage:
-            return self._wait_for_relu(tensor, entry, verdict, site, (spec, verdict.signed), layout)
+        if verdict.signed is not None and may_fold(spec) and _fills(tensor, layout):
+            behind = spec if self.keeps_width or site in self.plan else verdict.signed
+            return self._wait_for_relu(tensor, entry, verdict, site, (spec, behind), layout)
         return self._encode(tensor, entry, verdict, site, spec, layout)
 
     def put_declared(self, tensor: Tensor, verdict: Verdict, declared: Declared) -> Kept | Deferred:
         """Store a tensor that stands in for what plain autograd would save; encode it when nothing may replace it."""
         site, layout, spec = self.site(verdict), Layout.of(tensor), verdict.spec
-        if spec is not None and not spec.lossless:
+        if spec is not None and not spec.lossless and not verdict.pinned:
             spec = self.plan.get(site, spec)
         elements = declared.raw_bytes // tensor.element_size()
         if layout is None or spec is None or _is_no_smaller(spec, layout, tensor, tensor.untyped_storage()):
@@ -179,11 +170,13 @@ class Store:
     ) -> Handle:
         """Encode a tensor that is on its site's row already, on the stream that has made it and will read it."""
         with nullcontext() if stream is None else torch.cuda.stream(stream):
-            if self.watch and not spec.lossless:
-                self.watch.put(tensor, layout, site, verdict, spec)
+            watch = None if spec.lossless or verdict.pinned else self.watch
+            given = None if watch is None else watch.put(tensor, layout, site, verdict, spec)
+            entry = self.shared[tensor.untyped_storage()]
+            if given is not None:
+                return entry.add(Geometry.of(tensor), layout, given)
             payload, saved_bytes = self._payload(site, tensor.dtype, None)(layout.flatten(tensor), spec)
         self._ledger.sites[site].saved_bytes += saved_bytes
-        entry = self.shared[tensor.untyped_storage()]
         return entry.add(Geometry.of(tensor), layout, payload)
 
     def raw_charges(self, tensors: Iterable[Tensor]) -> tuple[tuple[Charge, ...], int]:
@@ -304,6 +297,11 @@ class Store:
 
     def _book(self, verdict: Verdict, codec: str, raw_bytes: int = 0, saved_bytes: int = 0, elements: int = 0) -> None:
         self._ledger.record(self.site(verdict), verdict.kind, codec, raw_bytes, saved_bytes, elements)
+
+
+def _fills(tensor: Tensor, layout: Layout) -> bool:
+    """Whether a tensor is all of its storage."""
+    return layout.dense and tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def _is_no_smaller(spec: CodecSpec, layout: Layout, tensor: Tensor, storage: UntypedStorage) -> bool:

@@ -14,6 +14,7 @@ from lightning_actmem_kernels import CodecSpec, Layout
 
 from .handle import DecodeCache, Handle, Kept, Payload
 from .ledger import Charge
+from .probe import ProbePayload
 from .signed import Sign, Signed
 
 # The shortcut and the body of a residual block end in a batch norm each, and one ReLU follows their sum.
@@ -109,9 +110,9 @@ class Waiting:
     """The tensors that are not encoded yet, oldest first; they live as long as somebody holds a handle of them."""
 
     def __init__(self) -> None:
-        self._waiting: deque[ReferenceType[Undecided]] = deque()
+        self._waiting: deque[ReferenceType[Undecided | ProbePayload]] = deque()
 
-    def add(self, undecided: Undecided) -> None:
+    def add(self, undecided: Undecided | ProbePayload) -> None:
         """Wait for the ReLU of one more tensor."""
         self._waiting.append(ref(undecided))
         while len(self._waiting) > _WAITING:
@@ -128,7 +129,7 @@ class Waiting:
             undecided.settle()
 
 
-def undecided_behind(handle: Handle) -> Undecided | None:
+def undecided_behind(handle: Handle) -> Undecided | ProbePayload | None:
     """Return what a handle's values wait for, if they do."""
     payload = getattr(handle, "payload", None)
-    return payload if isinstance(payload, Undecided) else None
+    return payload if isinstance(payload, (Undecided, ProbePayload)) else None

@@ -1,0 +1,58 @@
+"""What may be chosen at a site, and what has to be measured for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from lightning_actmem_kernels import CodecSpec
+from lightning_actmem_kernels.spec import WIDTHS
+
+from ..config import ActMemConfig
+from ..saved.probe import SiteUse
+
+# What each setting of the codec allows at a site without needs of its own, with its widths.
+_AUTO: Mapping[str, tuple[int, ...]] = {"uniform": (3, 4, 8), "rotated": (1, 2, 3, 4)}
+_ALLOWED: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    "auto": _AUTO,
+    "measured": _AUTO,
+    "rotated": {"uniform": (8,), "rotated": (1, 2, 3, 4)},
+    "uniform": {"uniform": (1, 2, 3, 4, 8)},
+}
+# Where a codec's variance is measured first: at the fewest bits that the law holds from.
+_FIRST_BITS = {"uniform": 4, "bfp": 3}
+
+
+def candidates(use: SiteUse, config: ActMemConfig) -> list[CodecSpec]:
+    """Return the codecs that may be chosen at a site, beside keeping it exact.
+
+    Args:
+        use: What the site stores.
+        config: The settings: the codec, and the floors of attention and loss.
+    """
+    default, floor = use.default, least_bits(use, config)
+    if default.codec not in ("uniform", "rotated"):  # exact zeros, a fixed range, or a codec asked for by name
+        return [replace(default, bits=bits) for bits in WIDTHS[default.codec] if bits >= floor]
+    centre = default.codec != "rotated" or default.centre
+    return [
+        CodecSpec(codec, bits, config.group_size, config.rounding, centre=codec == "rotated" and centre)
+        for codec, widths in _ALLOWED[config.codec].items()
+        for bits in widths
+        if bits >= floor
+    ]
+
+
+def least_bits(use: SiteUse, config: ActMemConfig) -> int:
+    """Return the floor of a site: attention and losses have one."""
+    return {"attention": config.attention_bits, "loss": config.loss_bits}.get(use.kind, 1)
+
+
+def references(specs: Sequence[CodecSpec]) -> list[CodecSpec]:
+    """Return the candidates to be measured: one for each codec, and every one of 1 bit, last."""
+    firsts: list[CodecSpec] = []
+    for codec in dict.fromkeys(spec.codec for spec in specs):
+        lossy = sorted((spec for spec in specs if spec.codec == codec and spec.bits > 1), key=lambda spec: spec.bits)
+        at_least = [spec for spec in lossy if spec.bits >= _FIRST_BITS.get(codec, 2)]
+        firsts += (at_least or lossy)[:1]
+    firsts.sort(key=lambda spec: spec.bits)
+    return firsts + [spec for spec in specs if spec.bits == 1]
