@@ -5,13 +5,17 @@ from .engine import ActMemEngine as ActMemEngine
 from .errors import ActMemError as ActMemError
 from .errors import ActMemWarning as ActMemWarning
 from .integration import ActMem as ActMem
+from .integration import ActMemBatchSizeFinder as ActMemBatchSizeFinder
 from .integration import ActMemDDPStrategy as ActMemDDPStrategy
 from .integration import ActMemStrategy as ActMemStrategy
+from .integration import MemoryPlan as MemoryPlan
+from .integration import plan as plan
 from .report import LayerRow as LayerRow
 from .report import StepReport as StepReport
 
 __all__ = [
     "ActMem",
+    "ActMemBatchSizeFinder",
     "ActMemConfig",
     "ActMemDDPStrategy",
     "ActMemEngine",
@@ -19,5 +23,7 @@ __all__ = [
     "ActMemStrategy",
     "ActMemWarning",
     "LayerRow",
+    "MemoryPlan",
     "StepReport",
+    "plan",
 ]

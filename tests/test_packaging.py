@@ -149,7 +149,7 @@ LAYERS = [
     Layer(
         "lightning_actmem",
         above=(*LIGHTNING, "lightning_actmem.integration"),
-        exempt=("lightning_actmem.integration", "lightning_actmem.__init__"),
+        exempt=("lightning_actmem.integration", "lightning_actmem.__init__", "lightning_actmem.__main__"),
     ),
 ]
 

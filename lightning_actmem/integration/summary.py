@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelSummary
 
+from ..memory import human_bytes as human_bytes
 from ..report import LayerRow, StepReport
 from ..saved.ledger import BORROWED
 
@@ -19,7 +20,6 @@ MAX_ROWS = 20
 PLAIN_WIDTH = 120
 _HEADER = ("layer", "operations", "kind", "codec", "tensors", "plain", "stored", "ratio")
 _LEFT_ALIGNED = 4
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 Cells = tuple[str, ...]
 
@@ -98,21 +98,6 @@ def render_plain(summary: Summary) -> str:
     lines += [_plain_line(row, widths) for row in summary.layers]
     lines += [rule, *(_plain_line(row, widths) for row in summary.totals), *summary.notes]
     return "\n".join(lines)
-
-
-def human_bytes(count: int) -> str:
-    """Return a byte count in a unit of 1024 with one decimal, or exactly below 1 KiB.
-
-    Example:
-        >>> human_bytes(1000), human_bytes(1536), human_bytes(3 * 2**20)
-        ('1000 B', '1.5 KiB', '3.0 MiB')
-    """
-    size = float(count)
-    for unit in _UNITS[:-1]:
-        if size < 1024:
-            return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} {_UNITS[-1]}"
 
 
 def _by_layer(rows: Iterable[LayerRow]) -> list[list[LayerRow]]:

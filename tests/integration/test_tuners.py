@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 
@@ -68,3 +69,14 @@ def test_the_learning_rate_finder_runs_compressed(tmp_path, way):
     assert all(active for _, active in model.seen)
     assert engine_of(trainer).step == 3
     assert is_untouched(trainer)
+
+
+def test_the_random_streams_go_on_as_without_compression(tmp_path, way):
+    """Lightning's finder does not restore them; what it leaves is the same."""
+    states = []
+    for ways in (WAYS_IN[way], lambda: {}):
+        torch.manual_seed(1)
+        trainer = new_trainer(**ways(), default_root_dir=tmp_path)
+        Tuner(trainer).scale_batch_size(SizedNet(), mode="power", **TRIALS)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)

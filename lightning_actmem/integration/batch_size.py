@@ -1,0 +1,138 @@
+"""`ActMemBatchSizeFinder`: the largest batch that fits, predicted from small ones instead of searched."""
+
+from __future__ import annotations
+
+import warnings
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
+
+from ..engine import ActMemEngine
+from ..errors import ActMemError, ActMemWarning
+from ..memory import available_bytes, held_bytes, human_bytes, parse_bytes
+from ..predict import BatchSearch, Trial
+from .callback import ActMem
+from .trials import BatchTrials
+
+
+class ActMemBatchSizeFinder(Callback):
+    """Sets the largest batch size that fits into memory before training begins.
+
+    Runs a few real training steps with two small batches, separates what is fixed (weights, gradients, optimizer
+    state, workspace) from what each sample takes, predicts the largest batch, and makes sure with one or two more
+    trials, smaller ones if need be. The batch that it ends on has run. Everything else is as before afterwards.
+
+    Works with and without compression, on one device and under DDP, where all processes take the same batch: the
+    smallest of what they can hold. Lightning's `BatchSizeFinder` doubles instead, takes some errors for bugs that are
+    lack of memory, and refuses DDP.
+
+    Args:
+        budget: What may be allocated at one time: bytes, or a text such as ``"4GiB"``. ``None``: what the device has.
+        batch_arg_name: Name of the batch size's attribute on the model, its ``hparams`` or the datamodule.
+        start: Batch size of the first trial.
+        max_batch_size: Never go beyond it; the number of samples is a limit anyway.
+        max_trials: Trials at most that fit; as many again may fail.
+        margin: Share of the device's memory that is left alone, for the allocator's fragments; not of a ``budget``.
+
+    Attributes:
+        batch_size: What was found, or ``None``.
+        search: The trials, and the line through them.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> finder = ActMemBatchSizeFinder(budget="4GiB")
+        >>> trainer = Trainer(callbacks=[ActMem(), finder], accelerator="cpu", logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        budget: int | str | None = None,
+        *,
+        batch_arg_name: str = "batch_size",
+        start: int = 8,
+        max_batch_size: int | None = None,
+        max_trials: int = 4,
+        margin: float = 0.02,
+    ) -> None:
+        for name, value, least in (
+            ("start", start, 1),
+            ("max_batch_size", max_batch_size, 1),
+            ("max_trials", max_trials, 3),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be {least} or more, got {value}.")
+        if not 0 <= margin < 1:
+            raise ValueError(f"margin must be a share from 0 to below 1, got {margin}.")
+        self._budget = None if budget is None else parse_bytes(budget)
+        self._name = batch_arg_name
+        self._start = start
+        self._max_batch_size = max_batch_size
+        self._max_trials = max_trials
+        self._margin = margin
+        self.batch_size: int | None = None
+        self.search: BatchSearch | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the batch size and set it.
+
+        Raises:
+            ActMemError: If there is no batch size to set, the data does not follow it, or one sample does not fit.
+        """
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_info("ActMemBatchSizeFinder: fast_dev_run is on, the batch size stays as it is.")
+            return
+        with BatchTrials(trainer, self._name, engine_of(trainer)) as trials:
+            search = self.search = self._new_search(trainer, trials)
+            # Without a budget memory itself is the judge on the CPU, and the profiler stays out of the verdict.
+            judged = self._budget is None and trials.device.type == "cpu"
+
+            def measure(batch_size: int) -> Trial:
+                line = search.line if judged else None
+                return trials.run(batch_size, None if line is None else line.peak_bytes(batch_size))
+
+            found = search.run(measure)
+        self._conclude(trials, found)
+
+    def _new_search(self, trainer: Trainer, trials: BatchTrials) -> BatchSearch:
+        held = held_bytes(trainer.lightning_module, trainer.optimizers)
+        budget = self._budget
+        if budget is None:
+            budget = int(available_bytes(trials.device, held) * (1 - self._margin))
+        budget = trials.smallest(budget)
+        if budget <= held:
+            raise ActMemError(
+                f"the budget must be more than the {human_bytes(held)} that the model's weights and buffers take, got "
+                f"{human_bytes(budget)}. Raise the budget or train a smaller model."
+            )
+        limits = [limit for limit in (trials.limit(), self._max_batch_size) if limit is not None]
+        limit = trials.smallest(min(limits)) if limits else None
+        return BatchSearch(budget, self._start, limit, self._max_trials)
+
+    def _conclude(self, trials: BatchTrials, found: int | None) -> None:
+        search = self.search
+        assert search is not None
+        if found is None:
+            raise ActMemError(
+                f"not even one sample fits into {human_bytes(search.budget_bytes)}: {search.explain()}. "
+                "Raise the budget, use fewer bits, or train a smaller model."
+            )
+        if not search.grows:
+            warnings.warn(
+                f"ActMem: memory does not grow with the batch ({search.explain()}), so there is no largest one. "
+                f"{self._name} stays {trials.batch_size}; set it by hand.",
+                ActMemWarning,
+                stacklevel=2,
+            )
+            return
+        self.batch_size = found
+        trials.adopt(found)
+        rank_zero_info(f"ActMemBatchSizeFinder: {self._name}={found}; {search.explain()}.")
+
+
+def engine_of(trainer: Trainer) -> ActMemEngine | None:
+    """Return the engine that compresses this trainer's steps, or ``None`` for plain training."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback.engine for callback in callbacks if isinstance(callback, ActMem)), None)

@@ -1,0 +1,308 @@
+"""Training steps on trial: real ones, with another batch size, measured, and everything as before afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from copy import deepcopy
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_hasattr, lightning_setattr
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from ..engine import ActMemEngine
+from ..errors import ActMemError
+from ..memory import collect, free_failed, held_bytes, is_out_of_memory
+from ..peak import PeakMeter
+from ..predict import Trial
+from .kept import forget_data, kept_checkpoint, kept_loop, kept_module_state, quiet_trainer, silent_lightning
+
+# The first trials run twice: tables and workspaces that are made once are no sample's.
+_WARM_TRIALS = 2
+_STEPS = 2  # gradients and optimizer state are there from the second step on
+
+
+class BatchTrials:
+    """Runs training steps with other batch sizes inside ``with``, and puts everything back at its end.
+
+    Weights, optimizer and scheduler states, precision, loops, callbacks, random generators, buffers that no checkpoint
+    has, metrics and the batch size are as before afterwards. Loggers and callbacks are away meanwhile.
+
+    Args:
+        trainer: A trainer whose ``fit`` has reached ``on_fit_start``.
+        batch_arg_name: Name of the batch size's attribute on model, its ``hparams`` or the datamodule.
+        engine: What compresses, to tell the bytes stored; ``None`` for plain training.
+
+    Raises:
+        ActMemError: On entering, if there is no such attribute, or the data does not follow it.
+    """
+
+    def __init__(
+        self, trainer: Trainer, batch_arg_name: str = "batch_size", engine: ActMemEngine | None = None
+    ) -> None:
+        self._trainer = trainer
+        self._model: LightningModule = trainer.lightning_module
+        self._name = batch_arg_name
+        self._engine = engine
+        self._stack = ExitStack()
+        self._sizes: list[int] = []
+        self._failed = False
+        self._warm = 0
+        self.device: torch.device = trainer.strategy.root_device
+
+    def __enter__(self) -> BatchTrials:
+        with ExitStack() as stack:
+            stack.enter_context(isolate_rng())
+            self._check()
+            stack.callback(collect)
+            stack.enter_context(kept_checkpoint(self._trainer))
+            stack.enter_context(kept_module_state(self._model))
+            stack.enter_context(kept_loop(self._trainer))
+            stack.callback(self._set, lightning_getattr(self._model, self._name))
+            stack.enter_context(quiet_trainer(self._trainer))
+            stack.enter_context(self._counted_samples())
+            if self._trainer.world_size > 1:
+                stack.enter_context(self._failing_in_step())
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
+
+    @property
+    def batch_size(self) -> int:
+        """The batch size that is set now."""
+        batch_size: Any = lightning_getattr(self._model, self._name)
+        return int(batch_size)
+
+    def limit(self) -> int | None:
+        """Return the number of samples of this process in an epoch, or ``None`` for data without a length."""
+        lengths = [len(loader.sampler) for loader in self._loaders() if not isinstance(loader.dataset, IterableDataset)]
+        return min(lengths, default=None)
+
+    def run(self, batch_size: int, expected_bytes: int | None = None) -> Trial:
+        """Train some steps with a batch size.
+
+        Args:
+            batch_size: Samples per step.
+            expected_bytes: The peak, where it need not be measured: on the CPU the profiler's own memory is part of
+                what a process is allowed.
+
+        Returns:
+            What it took; the largest over all processes.
+
+        Raises:
+            ActMemError: If the data does not follow the attribute.
+        """
+        self._set(batch_size)
+        self._reload_data()
+        self._check_loaders(batch_size)
+        self._failed = False
+        if self._warm < _WARM_TRIALS:
+            self._attempt(batch_size, nullcontext())
+            self._warm += 1
+        self._forget_gradients()
+        collect()
+        self._sizes.clear()
+        held = held_bytes(self._model, self._trainer.optimizers) + self._bucket_bytes()
+        meter = PeakMeter(self.device, held)
+        self._attempt(batch_size, nullcontext() if expected_bytes else meter)
+        out_of_memory = self._failed
+        resting = held_bytes(self._model, self._trainer.optimizers) + self._bucket_bytes()
+        self._forget_gradients()
+        peak = 0 if out_of_memory else expected_bytes or meter.peak_bytes
+        stored = None if self._engine is None or out_of_memory else self._engine.ledger.peak_saved_bytes
+        return self._agreed(Trial(batch_size, peak, resting, stored, out_of_memory, self._short_of(batch_size)))
+
+    def _attempt(self, batch_size: int, context: AbstractContextManager[Any]) -> None:
+        try:
+            with context, silent_lightning(), self._unsynchronised():
+                self._run_loop(batch_size)
+        except (RuntimeError, MemoryError) as error:
+            self._fail(error)
+
+    def adopt(self, batch_size: int) -> None:
+        """Set a batch size for good, after the trials."""
+        self._set(batch_size)
+
+    def _run_loop(self, batch_size: int) -> None:
+        trainer = self._trainer
+        loop = trainer.fit_loop
+        loop.load_state_dict(deepcopy(self._loop_state))
+        loop.restarting = False
+        loop.epoch_progress.reset()
+        if self._model.automatic_optimization:
+            loop.epoch_loop.automatic_optimization.optim_progress.reset()
+        else:
+            loop.epoch_loop.manual_optimization.optim_step_progress.reset()
+        limit = self.limit()
+        # With less than two full batches the second step has what is left over; the third has a full one again.
+        steps = _STEPS if limit is None or limit >= _STEPS * batch_size else _STEPS + 1
+        loop.epoch_loop.max_steps = steps
+        loop.max_epochs = steps  # every epoch has a step
+        loop.run()
+
+    @property
+    def _loop_state(self) -> dict[str, Any]:
+        return self._trainer.fit_loop.state_dict()
+
+    def _check(self) -> None:
+        trainer = self._trainer
+        if not lightning_hasattr(self._model, self._name):
+            raise ActMemError(
+                f"the batch size must be an attribute {self._name!r} of the model, its hparams or the datamodule, and "
+                f"there is none. Add `self.{self._name}` and build the DataLoader with it, or name another attribute "
+                "with batch_arg_name."
+            )
+        if not trainer.fit_loop._data_source.is_module():
+            raise ActMemError(
+                "the batch size of a DataLoader that was given to fit() cannot be changed. Give fit() a model or a "
+                "LightningDataModule with a train_dataloader() instead."
+            )
+        if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
+            raise ActMemError(
+                f"trial steps need a strategy with one device or DDP, got {type(trainer.strategy).__name__}. "
+                "Find the batch size on one device, or set it by hand."
+            )
+        trainer.fit_loop.setup_data()
+        for loader in self._loaders():
+            if not isinstance(loader, DataLoader) or loader.batch_size is None:
+                raise ActMemError(
+                    f"train_dataloader() must give a DataLoader with a batch size, got {type(loader).__name__} without "
+                    f"one. Build it with DataLoader(..., batch_size=self.{self._name}); a batch_sampler or an iterable "
+                    "that makes its own batches cannot be scaled."
+                )
+
+    def _check_loaders(self, batch_size: int) -> None:
+        sizes = [loader.batch_size for loader in self._loaders()]
+        if batch_size not in sizes:
+            raise ActMemError(
+                f"train_dataloader() must use the attribute {self._name!r}: it was set to {batch_size}, and the "
+                f"DataLoader has batch size {sizes[0]}. Build it with DataLoader(..., batch_size=self.{self._name})."
+            )
+
+    def _loaders(self) -> list[Any]:
+        combined = self._trainer.fit_loop._combined_loader
+        assert combined is not None
+        return list(combined.flattened)
+
+    def _set(self, batch_size: Any) -> None:
+        lightning_setattr(self._model, self._name, batch_size)
+
+    def _reload_data(self) -> None:
+        forget_data(self._trainer)
+        self._trainer.fit_loop.setup_data()
+
+    def _forget_gradients(self) -> None:
+        for parameter in self._model.parameters():
+            parameter.grad = None
+
+    def _bucket_bytes(self) -> int:
+        """Bytes of DDP's gradient buckets, which are part of no module."""
+        if not isinstance(self._trainer.strategy.model, nn.parallel.DistributedDataParallel):
+            return 0
+        return sum(p.numel() * p.element_size() for p in self._model.parameters() if p.requires_grad)
+
+    def _unsynchronised(self) -> Any:
+        """Keep processes from waiting in backward for one that has run out of memory."""
+        model = self._trainer.strategy.model
+        return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
+
+    def _short_of(self, batch_size: int) -> int | None:
+        """The largest number of samples in a step, if the data had fewer than asked for."""
+        return max(self._sizes) if self._sizes and max(self._sizes) < batch_size else None
+
+    @contextmanager
+    def _counted_samples(self) -> Iterator[None]:
+        """Note the samples of each step of data without a length, which may have fewer than one batch."""
+        if self.limit() is not None:
+            yield
+            return
+        strategy = self._trainer.strategy
+        own = vars(strategy)
+        before, training_step = own.get("training_step"), strategy.training_step
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self._sizes.append(extract_batch_size(args[0]))
+            return training_step(*args, **kwargs)
+
+        own["training_step"] = counted
+        try:
+            yield
+        finally:
+            del own["training_step"]
+            if before is not None:
+                own["training_step"] = before
+
+    @contextmanager
+    def _failing_in_step(self) -> Iterator[None]:
+        """Let a process without memory go through the rest of its steps: the others wait for it after every batch."""
+        strategy = self._trainer.strategy
+        own = vars(strategy)
+        names = ("training_step", "backward", "optimizer_step")
+        before = {name: own[name] for name in names if name in own}
+        methods = {name: getattr(strategy, name) for name in names}
+
+        def guarded(name: str) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                if not (self._failed and name == "training_step"):
+                    try:
+                        return methods[name](*args, **kwargs)
+                    except (RuntimeError, MemoryError) as error:
+                        self._fail(error)
+                weight = next(parameter for parameter in self._model.parameters() if parameter.requires_grad)
+                return 0 * weight.sum() if name == "training_step" else None
+
+            return call
+
+        own.update({name: guarded(name) for name in names})
+        try:
+            yield
+        finally:
+            for name in names:
+                del own[name]
+            own.update(before)
+
+    def _fail(self, error: BaseException) -> None:
+        """Note that memory has run out, and free what the step held; any other error goes on."""
+        if not is_out_of_memory(error):
+            raise error
+        self._failed = True
+        free_failed(error)
+
+    def _agreed(self, trial: Trial) -> Trial:
+        """Return what the process that needed most has found."""
+        if self._trainer.world_size == 1:
+            return trial
+        samples = -1 if trial.samples is None else -trial.samples
+        mine = torch.tensor(
+            [trial.peak_bytes, trial.resting_bytes, trial.stored_bytes or 0, int(trial.out_of_memory), samples],
+            dtype=torch.int64,
+            device=self.device,
+        )
+        peak, resting, stored, out_of_memory, short = self._reduced(mine)
+        fewest = None if trial.samples is None else -short
+        return Trial(
+            trial.batch_size,
+            0 if out_of_memory else peak,
+            resting,
+            None if trial.stored_bytes is None else stored,
+            bool(out_of_memory),
+            fewest,
+        )
+
+    def _reduced(self, values: torch.Tensor) -> list[int]:
+        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
+        return [int(value) for value in values.tolist()]
+
+    def smallest(self, value: int) -> int:
+        """Return the smallest of the processes' values."""
+        if self._trainer.world_size == 1:
+            return value
+        return -self._reduced(torch.tensor([-value], dtype=torch.int64, device=self.device))[0]

@@ -1,0 +1,201 @@
+"""Device memory: how much there is, how it is written, and how its end is told by every allocator."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .errors import ActMemError
+
+_UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_UNITS["tb"] = 10**12
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", re.IGNORECASE)
+
+#: What allocators and libraries say when memory is short; lower case.
+_OUT_OF_MEMORY = (
+    "out of memory",  # CUDA, HIP, MPS, XPU ("UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY" is below), cuFFT, NCCL
+    "out_of_memory",
+    "out_of_device_memory",
+    "out_of_host_memory",
+    "out_of_resources",  # Level Zero and Unified Runtime (XPU)
+    "can't allocate memory",  # PyTorch's CPU allocator
+    "cannot allocate memory",  # errno 12
+    "std::bad_alloc",
+    "could not create a primitive",  # oneDNN, which allocates its scratchpad and its code by itself
+    "could not create a memory",
+    "could not initialize a memory",
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+    "cudnn_status_not_supported",  # cuDNN finds no algorithm whose workspace fits
+    "cusolver_status_alloc_failed",
+    "cusparse_status_alloc_failed",
+    "hipblas_status_alloc_failed",
+    "rocblas_status_memory_error",
+    "miopenstatusallocfailed",
+)
+
+
+def parse_bytes(size: int | str) -> int:
+    """Return a number of bytes from a number or a text such as ``"4GiB"``.
+
+    Args:
+        size: Bytes, or a text with a unit: B, KiB, MiB, GiB, TiB (powers of 1024), kB, MB, GB, TB (powers of 1000).
+
+    Returns:
+        Bytes.
+
+    Raises:
+        ValueError: If it is not positive or not a size.
+        TypeError: If it is neither a number nor a text.
+
+    Example:
+        >>> parse_bytes("4GiB"), parse_bytes("1.5 kB"), parse_bytes(1000)
+        (4294967296, 1500, 1000)
+    """
+    if isinstance(size, str):
+        match = _SIZE.fullmatch(size)
+        unit = _UNITS.get(match[2].lower()) if match else None
+        if match is None or unit is None:
+            raise ValueError(f"a size must be a number of bytes or a text such as '4GiB' or '500MB', got {size!r}.")
+        count = int(float(match[1]) * unit)
+    elif type(size) is int:
+        count = size
+    else:
+        raise TypeError(f"a size must be a number of bytes or a text such as '4GiB', got {size!r}.")
+    if count <= 0:
+        raise ValueError(f"a size must be more than 0 bytes, got {size!r}.")
+    return count
+
+
+def human_bytes(count: int) -> str:
+    """Return a byte count in a unit of 1024 with one decimal, or exactly below 1 KiB.
+
+    Example:
+        >>> human_bytes(1000), human_bytes(1536), human_bytes(3 * 2**20)
+        ('1000 B', '1.5 KiB', '3.0 MiB')
+    """
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, says that memory is short: CUDA, HIP, XPU, MPS, oneDNN, CPU.
+
+    Example:
+        >>> is_out_of_memory(RuntimeError("std::bad_alloc")), is_out_of_memory(RuntimeError("shapes differ"))
+        (True, False)
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            return True
+        if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def free_failed(error: BaseException) -> None:
+    """Let go of what a failed step held: the locals of all its frames, and what allocators keep for later."""
+    seen: set[int] = set()
+    chained: BaseException | None = error
+    while chained is not None and id(chained) not in seen:
+        seen.add(id(chained))
+        traceback.clear_frames(chained.__traceback__)
+        chained = chained.__cause__ or chained.__context__
+    collect()
+
+
+def collect() -> None:
+    """Collect garbage, and give back to the device what allocators keep for later."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if torch.xpu.is_available() and torch.xpu.is_initialized():
+        torch.xpu.empty_cache()
+
+
+def tensor_bytes(tensors: Iterable[Any]) -> int:
+    """Return the bytes of the storages behind tensors, each storage once; other objects count nothing."""
+    storages = {}
+    for tensor in tensors:
+        if isinstance(tensor, Tensor):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr(), tensor.device] = storage.nbytes()
+    return sum(storages.values())
+
+
+def held_bytes(module: nn.Module, optimizers: Iterable[Optimizer] = ()) -> int:
+    """Return the bytes that stay between steps: parameters, buffers and the optimizers' state, without gradients."""
+    states = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
+    return tensor_bytes([*module.parameters(), *module.buffers(), *states])
+
+
+def available_bytes(device: torch.device, held: int = 0) -> int:
+    """Return the bytes that training may take on a device, with what it holds already.
+
+    On a GPU this is what the driver has free and what PyTorch's allocator has of it. On the CPU it is ``held`` and the
+    least that the address-space limit (``ulimit -v``), the control group and the machine leave.
+
+    Args:
+        device: The device.
+        held: On the CPU, what the model and its optimizers hold already; on a GPU the allocator knows.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        ActMemError: If the device does not tell.
+    """
+    if device.type == "cpu":
+        left = [bytes_left for bytes_left in (_address_space(), _control_group(), _machine()) if bytes_left is not None]
+        if not left:
+            raise ActMemError("this system does not tell how much memory is left. Give a budget such as '4GiB'.")
+        return held + max(0, min(left))
+    module = torch.get_device_module(device)
+    if not (hasattr(module, "mem_get_info") and hasattr(module, "memory_reserved")):
+        raise ActMemError(f"{device.type} does not tell how much memory is left. Give a budget such as '4GiB'.")
+    free, _ = module.mem_get_info(device)
+    return int(free) + int(module.memory_reserved(device))
+
+
+def _address_space() -> int | None:
+    try:
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except (ImportError, OSError):
+        return None
+    return None if limit == resource.RLIM_INFINITY else limit - pages * resource.getpagesize()
+
+
+def _control_group() -> int | None:
+    folder = Path(os.environ.get("CGROUP_ROOT", "/sys/fs/cgroup"))
+    try:
+        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
+    except (OSError, ValueError):  # no such group, or "max"
+        return None
+
+
+def _machine() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    fields = dict(line.split(":", 1) for line in lines)
+    return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None

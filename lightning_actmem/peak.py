@@ -1,0 +1,96 @@
+"""How much memory a piece of training takes at its peak, exactly: by the device's allocator, or by torch's profiler."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch._C._autograd import DeviceType, _profiler_enabled
+from torch.autograd.profiler import profile
+
+from .errors import ActMemError
+
+
+class PeakMeter:
+    """Measures the largest number of bytes allocated at one time between entering and leaving this context.
+
+    On a GPU it is the allocator's own count (``max_memory_allocated``) and covers everything on the device. On the CPU
+    it is ``held`` and the running sum of all allocations and releases that torch's profiler reports: exact for
+    tensors, and blind to what was allocated before.
+
+    Args:
+        device: The device.
+        held: On the CPU, bytes allocated before that stay: weights, buffers, optimizer state.
+
+    Raises:
+        ActMemError: On entering, if the device cannot be measured, or a profiler is running already.
+
+    Example:
+        >>> with PeakMeter(torch.device("cpu")) as meter:
+        ...     for _ in range(3):
+        ...         x = torch.ones(2**18)
+        ...         del x
+        >>> meter.peak_bytes
+        1048576
+    """
+
+    def __init__(self, device: torch.device, held: int = 0) -> None:
+        self.peak_bytes = 0
+        self._device = device
+        self._held = held
+        self._profiler: Any = None
+
+    def __enter__(self) -> PeakMeter:
+        if self._device.type != "cpu":
+            self._allocator().reset_peak_memory_stats(self._device)
+            return self
+        if _profiler_enabled():
+            raise ActMemError(
+                "memory on the CPU is measured with torch's profiler, and one is running already. "
+                "Leave it off for this run, for example Trainer(profiler=None)."
+            )
+        # Not torch.profiler.profile: it builds a tree of all events, which takes ten times as long as the step.
+        self._profiler = profile(profile_memory=True)
+        with _quiet():
+            self._profiler.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._profiler is None:
+            self.peak_bytes = int(self._allocator().max_memory_allocated(self._device))
+            return
+        profiler, self._profiler = self._profiler, None
+        with _quiet():
+            profiler.__exit__(*exception)
+        changes = sorted(
+            (event.start_ns(), event.nbytes())
+            for event in profiler.kineto_results.events()
+            if event.name() == "[memory]" and event.device_type() == DeviceType.CPU
+        )
+        self.peak_bytes = self._held + max(0, *accumulate(nbytes for _, nbytes in changes), 0)
+
+    def _allocator(self) -> Any:
+        module = torch.get_device_module(self._device)
+        if not (hasattr(module, "max_memory_allocated") and hasattr(module, "reset_peak_memory_stats")):
+            raise ActMemError(
+                f"{self._device.type} does not tell its peak memory. CUDA, ROCm, XPU and the CPU do; "
+                "elsewhere use Lightning's BatchSizeFinder."
+            )
+        return module
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the profiler from reporting its start and stop on the console."""
+    name = "KINETO_LOG_LEVEL"
+    before = os.environ.get(name)
+    os.environ.setdefault(name, "6")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]

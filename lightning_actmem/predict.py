@@ -1,0 +1,232 @@
+"""The largest batch for a budget, from a few measured ones: memory is nearly a straight line over the batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+from .memory import human_bytes
+
+#: A secant that goes this much further than the safe estimate is not trusted: memory may have a kink behind it.
+_TRUSTED = 1.15
+_SAFE_SHARE = 0.4
+_FLAT_STEP = 8
+_BACK_OFF = 0.96
+_AIM = 0.99  # memory is not quite a straight line, and a near miss costs a trial
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What some training steps with a batch size took.
+
+    Args:
+        batch_size: Samples per step and device.
+        peak_bytes: Largest number of bytes allocated at one time; 0 when memory ran out.
+        resting_bytes: Bytes that stay between steps: weights, buffers, optimizer state.
+        stored_bytes: Activation bytes stored for the backward pass, of those at the peak; ``None`` when unknown.
+        out_of_memory: Whether memory ran out.
+        samples: Samples that the steps really had, when the data did not give as many as asked for.
+    """
+
+    batch_size: int
+    peak_bytes: int
+    resting_bytes: int = 0
+    stored_bytes: int | None = None
+    out_of_memory: bool = False
+    samples: int | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """Peak memory as a function of the batch size: ``fixed_bytes + bytes_per_sample * batch_size``.
+
+    Args:
+        fixed_bytes: Weights, gradients, optimizer state, workspace.
+        bytes_per_sample: Activations, stored and transient, and the batch itself.
+
+    Example:
+        >>> line = Line.through(Trial(8, 1800), Trial(16, 2600))
+        >>> line.peak_bytes(32), line.largest(10_000)
+        (4200, 90)
+    """
+
+    fixed_bytes: float
+    bytes_per_sample: float
+
+    @classmethod
+    def through(cls, first: Trial, second: Trial) -> Line:
+        """Return the line through two trials with different batch sizes."""
+        slope = (second.peak_bytes - first.peak_bytes) / (second.batch_size - first.batch_size)
+        return cls(first.peak_bytes - slope * first.batch_size, slope)
+
+    @classmethod
+    def safe(cls, trial: Trial) -> Line:
+        """Return a line that lies above the peak of larger batches.
+
+        The peak is the larger of what the optimizer's step takes, the same for every batch, and of what forward and
+        backward take, ``a + c·B`` with ``a`` at least the resting bytes. Either way ``c <= (peak - resting) / B``.
+        """
+        return cls(trial.resting_bytes, (trial.peak_bytes - trial.resting_bytes) / trial.batch_size)
+
+    def peak_bytes(self, batch_size: int) -> int:
+        """Return the peak for a batch size."""
+        return round(self.fixed_bytes + self.bytes_per_sample * batch_size)
+
+    def largest(self, budget_bytes: int) -> int | None:
+        """Return the largest batch size within a budget, perhaps 0; ``None`` when memory does not grow with it."""
+        if self.bytes_per_sample <= 0:
+            return None
+        return max(0, int((budget_bytes - self.fixed_bytes) / self.bytes_per_sample))
+
+
+@dataclass
+class BatchSearch:
+    """Finds the largest batch size within a budget in a few trials, each of which decides the next.
+
+    Two small batches, the second one less than half of what the first one lets expect; then the prediction, made on the
+    safe side where the two do not agree with a straight line; then, where it is worth it, one more on the line through
+    the largest two. Only batches whose own trial has succeeded are returned.
+
+    Args:
+        budget_bytes: What may be allocated at one time.
+        start: Batch size of the first trial.
+        limit: Largest batch size that makes sense (the number of samples), or ``None``.
+        max_trials: Trials at most that fit; as many again may fail.
+        tolerance: The search ends when no more than this share of the batch is to be gained.
+    """
+
+    budget_bytes: int
+    start: int = 8
+    limit: int | None = None
+    max_trials: int = 4
+    tolerance: float = 0.02
+    trials: list[Trial] = field(default_factory=list)
+
+    @property
+    def fitting(self) -> list[Trial]:
+        """The trials that stayed within the budget, the smallest batch first."""
+        fit = [trial for trial in self.trials if not trial.out_of_memory and trial.peak_bytes <= self.budget_bytes]
+        return sorted(fit, key=lambda trial: trial.batch_size)
+
+    @property
+    def failed(self) -> int | None:
+        """The smallest batch size that did not fit."""
+        fit = self.fitting
+        return min((trial.batch_size for trial in self.trials if trial not in fit), default=None)
+
+    @property
+    def best(self) -> int | None:
+        """The largest batch size that is known to fit."""
+        return self.fitting[-1].batch_size if self.fitting else None
+
+    @property
+    def grows(self) -> bool:
+        """Whether memory grows with the batch, as far as one can tell."""
+        fit = self.fitting
+        return len(fit) < 2 or fit[-1].peak_bytes > fit[0].peak_bytes or self.failed is not None
+
+    @property
+    def line(self) -> Line | None:
+        """The line through the two largest batches that were measured."""
+        measured = sorted((trial for trial in self.trials if not trial.out_of_memory), key=lambda t: t.batch_size)
+        return Line.through(*measured[-2:]) if len(measured) > 1 else None
+
+    def run(self, measure: Callable[[int], Trial]) -> int | None:
+        """Measure batch sizes until the largest one is found.
+
+        Args:
+            measure: Runs training steps with a batch size.
+
+        Returns:
+            The largest batch size that has been seen to fit, or ``None`` if not even one sample fits.
+        """
+        batch_size: int | None = self._within(self.start)
+        while batch_size is not None:
+            trial = measure(batch_size)
+            if trial.samples is not None:
+                self.limit = trial.samples
+                trial = replace(trial, batch_size=trial.samples)
+            self.trials.append(trial)
+            batch_size = self.next()
+        return self.best
+
+    def next(self) -> int | None:
+        """Return the next batch size to try, or ``None`` when the search is over."""
+        fit = self.fitting
+        if not fit:
+            smallest = min(trial.batch_size for trial in self.trials)
+            return smallest // 4 or 1 if smallest > 1 else None
+        if len(fit) >= self.max_trials or len(self.trials) >= 2 * self.max_trials:
+            return None
+        best = fit[-1].batch_size
+        candidate = self._within(self._candidate(fit))
+        if self.failed is not None:
+            candidate = min(candidate, self.failed - 1)
+        worth_it = candidate > best * (1 + self.tolerance) or (len(fit) == 1 and candidate > best)
+        return candidate if worth_it else None
+
+    def _candidate(self, fit: list[Trial]) -> int:
+        last = fit[-1]
+        exhausted = self._exhausted()
+        if len(exhausted) > 1:
+            return (last.batch_size + exhausted[0]) // 2
+        budget = self._effective_budget()
+        safe = Line.safe(last).largest(budget)
+        if len(fit) == 1 and self.failed is None:
+            expected = 0 if safe is None else int(safe * _SAFE_SHARE)
+            return max(2 * last.batch_size, expected)
+        if len(fit) == 1:
+            return safe if safe is not None else last.batch_size
+        secant = self.line.largest(budget) if self.line else None
+        if secant is None:  # flat: the optimizer's step takes more than these batches
+            return min(_FLAT_STEP * last.batch_size, safe) if safe else _FLAT_STEP * last.batch_size
+        if safe is None or secant <= _TRUSTED * safe:
+            return secant
+        # Behind a kink the secant of the batches before it says nothing. Two trials with the same slope say a lot.
+        lines = [Line.through(a, b).bytes_per_sample for a, b in pairwise(fit)]
+        steady = len(lines) > 1 and abs(lines[-1] - lines[-2]) < 0.1 * lines[-1]
+        return secant if steady else safe
+
+    def _effective_budget(self) -> int:
+        """Return a little less than the budget, or than where memory has run out for the first time."""
+        line = self.line
+        if line is None or line.bytes_per_sample <= 0:
+            return self.budget_bytes
+        aim = line.fixed_bytes + _AIM * (self.budget_bytes - line.fixed_bytes)
+        exhausted = self._exhausted()
+        if exhausted:
+            aim = min(aim, line.peak_bytes(int(_BACK_OFF * exhausted[0])))
+        return int(aim)
+
+    def _exhausted(self) -> list[int]:
+        """The batch sizes with which memory has run out, the smallest one first."""
+        return sorted(trial.batch_size for trial in self.trials if trial.out_of_memory)
+
+    def _within(self, batch_size: int) -> int:
+        return max(1, min(batch_size, self.limit) if self.limit is not None else batch_size)
+
+    def explain(self) -> str:
+        """Say what was tried and what follows from it, in one line."""
+        tried = ", ".join(
+            f"{trial.batch_size}: {'out of memory' if trial.out_of_memory else human_bytes(trial.peak_bytes)}"
+            for trial in self.trials
+        )
+        line = self.line
+        if line is None:
+            return f"tried {tried}"
+        parts = (
+            f"{human_bytes(round(line.fixed_bytes))} fixed and {human_bytes(round(line.bytes_per_sample))} per sample"
+        )
+        stored = self._stored_per_sample()
+        detail = "" if stored is None else f" ({human_bytes(stored)} of it stored for the backward pass)"
+        return f"tried {tried}; {parts}{detail}; budget {human_bytes(self.budget_bytes)}"
+
+    def _stored_per_sample(self) -> int | None:
+        known = [trial for trial in self.fitting if trial.stored_bytes is not None]
+        if len(known) < 2:
+            return None
+        (first, second) = known[-2:]
+        assert first.stored_bytes is not None
+        assert second.stored_bytes is not None
+        return round((second.stored_bytes - first.stored_bytes) / (second.batch_size - first.batch_size))

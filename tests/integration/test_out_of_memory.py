@@ -1,0 +1,65 @@
+"""Memory that really runs out: child processes whose address space is limited."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LEAST_GAIN = 3.5
+STEPS = 20
+# Every tensor's pages go back to the system when it dies, so that the limit is about tensors and not about fragments.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1"}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS and /proc"),
+]
+
+
+@lru_cache
+def found(finder: str, way: str, folder: str) -> dict[str, Any]:
+    """What a limited process tells at its end."""
+    environment = {
+        **os.environ,
+        **MALLOC,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+    }
+    command = [sys.executable, "-m", "tests.integration.limited_memory", finder, way, folder]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return told
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("limited"))
+
+
+@pytest.mark.parametrize("way", ["callback", "strategy"])
+def test_binsearch_finds_a_larger_batch_and_trains_with_it(way, folder):
+    """Lightning's own finder."""
+    plain, packed = found("binsearch", "plain", folder), found("binsearch", way, folder)
+    assert packed["batch"] >= LEAST_GAIN * plain["batch"]
+    assert (plain["steps"], packed["steps"]) == (STEPS, STEPS)
+    assert packed["largest_of_last_steps"] == packed["batch"]
+    assert (plain["compressed"], packed["compressed"]) == (False, True)  # in every trial
+
+
+def test_prediction_needs_few_trials_and_its_batch_trains(folder):
+    """On the safe side: free blocks of the heap are not in what the limit leaves, and temporaries stop growing."""
+    plain, packed = found("predict", "plain", folder), found("predict", "callback", folder)
+    assert packed["batch"] >= LEAST_GAIN * plain["batch"]
+    for told in (plain, packed):
+        assert len(told["sizes"]) <= 5  # with the last, smaller batch of an epoch
+        assert told["steps"] == STEPS
+        assert told["largest_of_last_steps"] == told["batch"]

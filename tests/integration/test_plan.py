@@ -1,0 +1,167 @@
+"""`plan`: what it predicts holds, on the command line too."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_actmem import ActMem, ActMemError, plan
+from lightning_actmem.__main__ import main
+from tests.integration.support import CLASSES, FEATURES, Net, assert_bit_equal, fit, is_untouched
+from tests.models import MlpBlock
+
+BATCH = 512
+PEAK_ERROR = 0.05
+WIDTH = 64
+
+
+class Mlp(Net):
+    """Wide enough for the small batches to fill whole groups."""
+
+    def __init__(self, batch_size: int = BATCH, depth: int = 3) -> None:
+        super().__init__(samples=2048, batch_size=batch_size)
+        blocks = (MlpBlock(WIDTH) for _ in range(depth))
+        self.net = nn.Sequential(nn.Linear(FEATURES, WIDTH), *blocks, nn.Linear(WIDTH, CLASSES))
+
+
+class Relu(Mlp):
+    """ReLU, dropout and a tied weight."""
+
+    def __init__(self, batch_size: int = BATCH) -> None:
+        super().__init__(batch_size)
+        first, second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        second.weight = first.weight
+        self.net = nn.Sequential(
+            nn.Linear(FEATURES, WIDTH), nn.ReLU(), first, nn.Dropout(0.1), second, nn.ReLU(), nn.Linear(WIDTH, CLASSES)
+        )
+
+
+@pytest.mark.parametrize("build", [Mlp, Relu])
+def test_predicted_stored_bytes_are_those_of_the_ledger(build):
+    made = plan(build(), bits=(8, 4, 2), trace=(64, 128))
+    assert made.batch_size == BATCH
+    for bits in (8, 4, 2):
+        actmem = ActMem(bits=bits, summary=False)
+        model = build()
+        fit(model, callbacks=[actmem])
+        report = actmem.engine.report()
+        predicted = made.method(f"{bits} bits")
+        assert predicted.stored_bytes == report.saved_bytes
+        assert predicted.raw_bytes == report.raw_bytes
+        assert sum(layer.saved_bytes[f"{bits} bits"] for layer in made.layers) == report.stored_bytes
+
+
+@pytest.mark.parametrize("build", [Mlp, Relu])
+def test_predicted_peaks_are_those_of_a_plan_made_from_the_batch_itself(build):
+    """From batches a quarter and half as large."""
+    made = plan(build(), bits=(4,), trace=(BATCH // 4, BATCH // 2))
+    measured = plan(build(), bits=(4,), trace=(BATCH // 2, BATCH))
+    for name in ("plain", "4 bits"):
+        assert made.method(name).peak_bytes == pytest.approx(measured.method(name).peak_bytes, rel=PEAK_ERROR)
+    assert made.method("4 bits").peak_bytes < made.method("plain").peak_bytes
+
+
+def test_the_model_is_as_before():
+    model, before = Mlp(), Mlp()
+    model.load_state_dict(before.state_dict())
+    state = torch.get_rng_state()
+    plan(model, bits=(4,))
+    assert_bit_equal(model, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.batch_size == BATCH
+    assert is_untouched(model.trainer)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_budget_checkpointing_text_and_json(tmp_path):
+    made = plan(Mlp(), bits=(4,), budget="64MiB", checkpointed=["net.[123]"])
+    assert [method.name for method in made.methods] == ["plain", "4 bits", "checkpoint"]
+    plain, packed, checkpointed = made.methods
+    assert plain.largest_batch < packed.largest_batch
+    assert checkpointed.bytes_per_sample < plain.bytes_per_sample
+    assert checkpointed.stored_bytes is None
+    text = made.render()
+    assert f"batch size {BATCH}" in text
+    assert "largest batch in 64.0 MiB" in text
+    assert "net.1.norm" in text
+    made.save_json(tmp_path / "plan.json")
+    assert json.loads((tmp_path / "plan.json").read_text())["methods"][1]["name"] == "4 bits"
+
+
+def test_a_figure_without_matplotlib(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    made = plan(Mlp(depth=1), bits=(4,))
+    with pytest.raises(ActMemError, match="pip install matplotlib"):
+        made.save_figure(tmp_path / "plan.png")
+
+
+def test_a_figure_has_a_line_for_each_method(tmp_path, monkeypatch):
+    drawn: list[Any] = []
+    axes = types.SimpleNamespace(
+        plot=lambda *a, label: drawn.append(label),
+        axhline=lambda *a, **k: drawn.append(k["label"]),
+        set_ylim=lambda *a: None,
+        set=lambda **k: None,
+        legend=lambda: None,
+    )
+    figure = types.SimpleNamespace(subplots=lambda: axes, savefig=drawn.append)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", types.SimpleNamespace(Figure=lambda **k: figure))
+    plan(Mlp(depth=1), bits=(4,), budget="1GiB").save_figure("plan.png")
+    assert drawn == ["plain", "4 bits", "budget", "plan.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"trace": (64, 32)}, ValueError, "two batch sizes, the smaller one first, got \\[64, 32\\]"),
+        ({"trace": (32, 4096)}, ActMemError, "within the 2048 samples of the data"),
+        ({"checkpointed": ["nothing"]}, ValueError, "must match submodules of the model, got \\['nothing'\\]"),
+        ({"budget": "lots"}, ValueError, "such as '4GiB'"),
+        ({"batch_arg_name": "samples_per_step"}, ActMemError, "attribute 'samples_per_step'"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        plan(Mlp(depth=1), bits=(), **arguments)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+class TestCommandLine:
+    """``python -m lightning_actmem plan``."""
+
+    MODEL = "tests.integration.test_plan.Mlp"
+
+    def test_class_path_with_arguments(self, capsys, tmp_path):
+        path = tmp_path / "plan.json"
+        main(["plan", "--model", self.MODEL, "--model.depth", "1", "--bits", "4", "--json", str(path)])
+        assert "4 bits" in capsys.readouterr().out
+        assert json.loads(path.read_text())["batch_size"] == BATCH
+
+    def test_a_lightning_cli_configuration(self, capsys, tmp_path):
+        path = tmp_path / "run.yaml"
+        path.write_text(
+            f"trainer: {{devices: 8}}\nmodel: {{class_path: {self.MODEL}, init_args: {{batch_size: 96}}}}\n"
+        )
+        main(["plan", "--config", str(path), "--bits", "2", "--budget", "1GiB"])
+        out = capsys.readouterr().out
+        assert "batch size 96" in out
+        assert "2 bits" in out
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([], "a model is needed"),
+            (["--model", "no.such.Model"], "no.such.Model"),
+            (["--model", MODEL, "--budget", "1KB", "--trace", "9", "3"], "the smaller one first"),
+        ],
+    )
+    def test_errors_are_one_line(self, arguments, message, capsys):
+        with pytest.raises(SystemExit):
+            main(["plan", *arguments])
+        assert message in capsys.readouterr().err

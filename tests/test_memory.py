@@ -1,0 +1,124 @@
+"""Sizes, the wordings of out of memory, and what is left on a device."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from lightning_actmem import ActMemError, memory
+from lightning_actmem.memory import available_bytes, free_failed, held_bytes, is_out_of_memory, parse_bytes
+
+CPU = torch.device("cpu")
+
+WORDINGS = [
+    RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    torch.OutOfMemoryError("HIP out of memory. Tried to allocate 20.00 MiB"),
+    RuntimeError("XPU out of memory. Tried to allocate 1.00 GiB"),
+    RuntimeError("Native API failed. Native API returns: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB, other allocations: 1.00 GB)"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("could not create a primitive"),
+    RuntimeError("could not create a memory object"),
+    RuntimeError("std::bad_alloc"),
+    MemoryError(),
+]
+OTHERS = [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory"), KeyError("x")]
+
+
+@pytest.mark.parametrize("error", WORDINGS, ids=lambda error: str(error)[:30])
+def test_out_of_memory_in_every_wording(error):
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize("error", OTHERS, ids=str)
+def test_other_errors_are_not(error):
+    assert not is_out_of_memory(error)
+
+
+def test_the_cause_counts():
+    error = RuntimeError("training_step failed")
+    error.__cause__ = MemoryError()
+    assert is_out_of_memory(error)
+
+
+def test_a_failed_step_lets_go_of_its_tensors():
+    held = []
+
+    def step():
+        big = torch.ones(10)
+        held.append(weakref.ref(big))
+        raise RuntimeError("out of memory")
+
+    gc.disable()
+    try:
+        try:
+            step()
+        except RuntimeError as error:
+            free_failed(error)
+            assert held[0]() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("size", "count"), [("4GiB", 4 * 2**30), ("500 MB", 500 * 10**6), ("1.5kib", 1536), ("7b", 7), (12, 12)]
+)
+def test_sizes(size, count):
+    assert parse_bytes(size) == count
+
+
+@pytest.mark.parametrize(
+    ("size", "error", "message"),
+    [
+        ("4 gigs", ValueError, "such as '4GiB' or '500MB', got '4 gigs'"),
+        ("GiB", ValueError, "such as '4GiB'"),
+        (0, ValueError, "more than 0 bytes, got 0"),
+        (True, TypeError, "got True"),
+        (1.5, TypeError, "got 1.5"),
+    ],
+)
+def test_bad_sizes(size, error, message):
+    with pytest.raises(error, match=message):
+        parse_bytes(size)
+
+
+def test_held_bytes_counts_a_tied_weight_once_and_the_optimizers_state():
+    first, second = torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 8, bias=False)
+    second.weight = first.weight
+    model = torch.nn.Sequential(first, second)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+    assert held_bytes(model, [optimizer]) == 4 * 64
+    model(torch.ones(1, 8)).sum().backward()
+    optimizer.step()
+    assert held_bytes(model, [optimizer]) == 2 * 4 * 64
+
+
+def test_the_least_of_all_limits_is_available(monkeypatch):
+    monkeypatch.setattr(memory, "_address_space", lambda: 500)
+    monkeypatch.setattr(memory, "_control_group", lambda: None)
+    monkeypatch.setattr(memory, "_machine", lambda: 900)
+    assert available_bytes(CPU, held=70) == 570
+    monkeypatch.setattr(memory, "_address_space", lambda: -5)
+    assert available_bytes(CPU, held=70) == 70
+
+
+def test_a_system_that_does_not_tell(monkeypatch):
+    for name in ("_address_space", "_control_group", "_machine"):
+        monkeypatch.setattr(memory, name, lambda: None)
+    with pytest.raises(ActMemError, match="Give a budget such as '4GiB'"):
+        available_bytes(CPU)
+
+
+def test_a_control_group_is_a_limit(monkeypatch, tmp_path):
+    monkeypatch.setenv("CGROUP_ROOT", str(tmp_path))
+    assert memory._control_group() is None
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("100\n")
+    assert memory._control_group() is None
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert memory._control_group() == 900

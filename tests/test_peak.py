@@ -1,0 +1,84 @@
+"""The peak meter, held against allocations that can be counted by hand and against the ledger."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch.profiler import profile
+
+from lightning_actmem import ActMemEngine, ActMemError
+from lightning_actmem.peak import PeakMeter
+from tests.models import mlp
+
+CPU = torch.device("cpu")
+MIB = 2**20
+ONE_PERCENT = 0.01
+
+
+def mebibytes(count: int) -> torch.Tensor:
+    return torch.empty(count * MIB, dtype=torch.uint8)
+
+
+def test_the_largest_sum_at_one_time():
+    with PeakMeter(CPU, held=5) as meter:
+        first = mebibytes(3)
+        second = mebibytes(4)
+        del first
+        third = mebibytes(2)
+        del second, third
+    assert meter.peak_bytes == 7 * MIB + 5
+
+
+def test_what_dies_before_does_not_count():
+    before = mebibytes(9)
+    with PeakMeter(CPU) as meter:
+        del before
+        mebibytes(1)
+    assert meter.peak_bytes == MIB
+
+
+def test_a_profiler_that_runs_already_is_told():
+    with profile(), pytest.raises(ActMemError, match="one is running already"), PeakMeter(CPU):
+        pass
+
+
+def test_nothing_is_printed_and_the_environment_stays(capfd):
+    before = dict(os.environ)
+    with PeakMeter(CPU):
+        mebibytes(1)
+    assert capfd.readouterr() == ("", "")
+    assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8, 32])
+def test_the_ledger_says_what_stays_allocated_after_the_forward_pass(bits):
+    """Bytes that live when the forward pass is over: the ledger's stored bytes and the profiler's sum within 1 %."""
+    model = mlp(width=128, depth=3)
+    x = torch.randn(1024, 128)
+    engine = ActMemEngine(bits=bits)
+    with engine.compress(model, inputs=x):
+        model(x).square().mean().backward()  # code that is loaded at its first use
+    torch.manual_seed(0)
+    after = _Allocated()
+    with after, engine.compress(model, inputs=x):
+        loss = model(x).square().mean()
+    stored = engine.ledger.live_saved_bytes
+    assert stored > MIB / 4
+    assert abs(after.bytes - stored) <= ONE_PERCENT * stored
+    del loss
+
+
+class _Allocated:
+    """What is allocated inside this context and still alive at its end, by torch's profiler."""
+
+    def __enter__(self) -> _Allocated:
+        self.profiler = torch.autograd.profiler.profile(profile_memory=True)
+        self.profiler.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.profiler.__exit__(*exception)
+        events = self.profiler.kineto_results.events()
+        self.bytes = sum(event.nbytes() for event in events if event.name() == "[memory]")

@@ -1,0 +1,125 @@
+"""The search for the largest batch, on memory functions that can be written down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_actmem.predict import BatchSearch, Line, Trial
+
+MIB = 2**20
+
+
+def true_largest(peak: Callable[[int], float], budget: int, limit: int = 1 << 22) -> int:
+    low, high = 0, limit + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if peak(middle) <= budget else (low, middle)
+    return low
+
+
+def trial_of(peak: Callable[[int], float], resting: float, real: float | None = None) -> Callable[[int], Trial]:
+    """A measure; above `real` bytes memory runs out."""
+
+    def measure(batch_size: int) -> Trial:
+        needed = peak(batch_size)
+        if real is not None and needed > real:
+            return Trial(batch_size, 0, out_of_memory=True)
+        return Trial(batch_size, round(needed), round(resting))
+
+    return measure
+
+
+memory = st.fixed_dictionaries(
+    {
+        "weights": st.integers(0, 64 * MIB),
+        "gradients": st.floats(0, 1),
+        "optimizer": st.floats(0, 4),
+        "slope": st.integers(64, 2 * MIB),
+    }
+)
+
+
+@given(memory, st.integers(70 * MIB, 1024 * MIB), st.floats(0.85, 1.5))
+def test_what_is_found_fits_and_is_nearly_the_largest(model, budget, real_share):
+    """Peak: the larger of the optimizer's step and of forward and backward. Memory may run out before the budget."""
+    resting = model["weights"]
+
+    def peak(batch_size: int) -> float:
+        return max(resting * (1 + model["optimizer"]), resting * (1 + model["gradients"]) + model["slope"] * batch_size)
+
+    real = budget * real_share
+    largest = true_largest(peak, min(budget, real))
+    search = BatchSearch(budget, max_trials=10)
+    found = search.run(trial_of(peak, resting, real))
+    if largest == 0:
+        assert found is None
+        return
+    assert found is not None
+    assert peak(found) <= min(budget, real)
+    assert found >= 0.85 * largest or found >= largest - 2 or (real < budget and found >= 0.6 * largest)
+
+
+@given(memory, st.integers(200 * MIB, 1024 * MIB))
+def test_four_trials_are_enough_where_the_budget_is_what_there_is(model, budget):
+    resting = 4 * MIB + model["weights"]
+
+    def peak(batch_size: int) -> float:
+        return resting * (1 + model["gradients"]) + model["slope"] * batch_size
+
+    search = BatchSearch(budget)
+    found = search.run(trial_of(peak, resting))
+    assert len(search.trials) <= 4
+    assert found is not None
+    assert found >= 0.95 * true_largest(peak, budget) - 1
+    assert peak(found) <= budget
+
+
+def test_a_line_says_what_is_fixed_and_what_grows():
+    search = BatchSearch(1000 * 100)
+    assert search.run(trial_of(lambda b: 5000 + 100 * b, 4000)) in range(931, 951)
+    assert search.line == Line(5000, 100)
+    assert "4.9 KiB fixed and 100 B per sample" in search.explain()
+
+
+@pytest.mark.parametrize("limit", [1, 5, 8, 100])
+def test_the_number_of_samples_is_a_limit(limit):
+    search = BatchSearch(MIB, limit=limit)
+    assert search.run(trial_of(lambda b: 100 + b, 50)) == limit
+
+
+def test_data_that_runs_out_is_a_limit():
+    def measure(batch_size: int) -> Trial:
+        return Trial(batch_size, 100 + 10 * min(batch_size, 20), 50, samples=20 if batch_size > 20 else None)
+
+    search = BatchSearch(MIB)
+    assert search.run(measure) == 20
+    assert search.limit == 20
+
+
+def test_too_little_memory_for_one_sample():
+    search = BatchSearch(1000)
+    assert search.run(trial_of(lambda b: 2000 + b, 900)) is None
+    assert [trial.batch_size for trial in search.trials] == [8, 2, 1]
+
+
+def test_a_start_that_does_not_fit():
+    search = BatchSearch(1000, start=64)
+    assert search.run(trial_of(lambda b: 100 + 100 * b, 100)) in (8, 9)
+
+
+def test_memory_that_does_not_grow():
+    search = BatchSearch(MIB, limit=10_000)
+    assert search.run(trial_of(lambda b: 5000, 4000)) is not None
+    assert not search.grows
+
+
+def test_out_of_memory_below_the_budget_backs_off():
+    """A device that gives only half of what it promised."""
+    search = BatchSearch(2000 * 100, max_trials=8)
+    found = search.run(trial_of(lambda b: 5000 + 100 * b, 4000, real=100_000))
+    assert found is not None
+    assert 0.8 * 950 <= found <= 950
