@@ -28,7 +28,7 @@ class Cut(NamedTuple):
     reason: str = ""
 
 
-def cut(batch: Any, *, count: int, share: int) -> Cut:
+def cut(batch: Any, *, count: int, share: int, least: int = 1) -> Cut:
     """Cut the first samples of a batch into sub-batches.
 
     Samples are counted by the size that all tensors share in their first dimension (of size 1: shared by all samples),
@@ -39,8 +39,8 @@ def cut(batch: Any, *, count: int, share: int) -> Cut:
     Args:
         batch: Tensors in any nesting of mappings, sequences, named tuples and dataclasses.
         count: How many sub-batches, without a sample in common.
-        share: Each one is to hold this fraction (``1 / share``) of the samples, but two samples at least, where the
-            batch has enough: batch normalisation refuses a single one.
+        share: Each one holds this fraction (``1 / share``) of the samples at most.
+        least: More than that, where it is less than this number of samples and the batch has enough.
 
     Returns:
         The parts, or the reason why there are none.
@@ -55,7 +55,7 @@ def cut(batch: Any, *, count: int, share: int) -> Cut:
         listed = ", ".join(map(str, sorted(sizes)))
         return Cut((), reason=f"its tensors have different sizes in their first dimension ({listed})")
     (total,) = sizes
-    samples = min(max(total // share, 2), total // count)
+    samples = min(max(total // share, least), total // count)
     if samples < 1:
         return Cut((), reason=f"it has {total} samples, fewer than the {count} parts that are wanted")
     rows = [slice(start, start + samples) for start in range(0, count * samples, samples)]

@@ -144,9 +144,9 @@ def test_columns_of_samples_of_different_sizes():
         assert part == (images[start : start + 4], targets[start : start + 4])
 
 
-@given(total=st.integers(0, 70), count=st.integers(1, 4), share=st.integers(1, 16))
-def test_parts_are_disjoint_and_of_equal_size(total, count, share):
-    found = cut(torch.arange(total), count=count, share=share)
+@given(total=st.integers(0, 70), count=st.integers(1, 4), share=st.integers(1, 16), least=st.integers(1, 3))
+def test_parts_are_disjoint_and_of_equal_size(total, count, share, least):
+    found = cut(torch.arange(total), count=count, share=share, least=least)
     if total <= 1 or total < count:
         assert found.parts == ()
         assert found.reason
@@ -155,7 +155,7 @@ def test_parts_are_disjoint_and_of_equal_size(total, count, share):
     assert len(found.parts) == count
     assert all(len(part) == found.samples for part in found.parts)
     assert taken == list(range(count * found.samples))
-    assert found.samples <= max(total // share, 2)
+    assert found.samples <= max(total // share, least)
 
 
 @pytest.mark.parametrize(
