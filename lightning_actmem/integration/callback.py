@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ..config import ActMemConfig, given_settings
 from ..engine import ActMemEngine
+from .adaptation import Adaptation
 from .metrics import StepMetrics
 from .shadow import CompressedTrainingStep
 from .summary import show_summary, wants_summary
@@ -107,6 +108,7 @@ class ActMem(Callback):
             **fields,
         )
         self.engine = ActMemEngine(self.given)
+        self.adaptation = Adaptation()
         self._compressed: CompressedTrainingStep | None = None
         self._metrics: StepMetrics | None = None
         self._summary_due = False
@@ -139,6 +141,14 @@ class ActMem(Callback):
             self._metrics = None if trainer.barebones else StepMetrics(self.engine)
             self._summary_due = self.engine.config.summary and wants_summary(trainer)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Adapt the bits if it is time to."""
+        if self._compressed is None:
+            return
+        record = self.adaptation.start_batch(trainer, self.engine, batch, batch_idx)
+        if record is not None and self._metrics is not None:
+            self._metrics.keep(record.metrics())
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -166,12 +176,14 @@ class ActMem(Callback):
     # through `functools.wraps` for that. `setup` has the better rule and message: equal settings are harmless.
     @functools.wraps(Callback.state_dict, assigned=(), updated=())
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """Return the engine's state: plain numbers, loadable with ``weights_only=True``."""
-        return self.engine.state_dict()
+        """Return the engine's state and the adaptation's: plain numbers, loadable with ``weights_only=True``."""
+        return {**self.engine.state_dict(), "adaptation": self.adaptation.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the state was taken."""
         self.engine.load_state_dict(state_dict)
+        if "adaptation" in state_dict:
+            self.adaptation.load_state_dict(state_dict["adaptation"])
 
     def _share(self, partner: ActMem | None) -> None:
         """Use one engine together with the strategy: its settings where nothing is given here."""

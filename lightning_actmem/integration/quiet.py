@@ -29,14 +29,15 @@ class _LossFound(BaseException):
 def quiet(trainer: Trainer) -> Iterator[None]:
     """Keep what training steps inside this context do away from the rest of the run.
 
-    Restored or held back: the global random states (Python, NumPy, PyTorch, devices), ``.grad``, logged values and
-    loggers, steps of optimizers and schedulers.
+    Restored or held back: the global random states (Python, NumPy, PyTorch, devices), ``.grad``, loggers, steps of
+    optimizers and schedulers, and buffers: the module has copies of them inside, so that the originals stay what they
+    were, to the bit, and so does the version counter that autograd looks at.
 
     Args:
         trainer: The trainer, in ``fit``.
     """
     module = trainer.lightning_module
-    with ExitStack() as stack:
+    with _own_buffers(module), ExitStack() as stack:
         _restore_random_states(trainer.strategy.root_device, stack)
         for parameter in module.parameters():
             stack.callback(setattr, parameter, "grad", parameter.grad)
@@ -54,10 +55,10 @@ def quiet_loss(trainer: Trainer, batch: Any, batch_idx: int) -> Tensor:
     """Run ``training_step`` on a batch and return its loss; call it inside `quiet`.
 
     It runs as in training, under the precision plugin's autocast, but on the module itself: no reducer of DDP hears of
-    it. Under manual optimisation it ends at the first ``manual_backward``, whose argument is the loss. Buffers, metric
-    states and plain attributes of every submodule are afterwards what they were, to the bit; the step works on copies
-    of them. Out of reach: what is modified in place in a tensor or an object that is neither buffer nor metric state,
-    and what lies outside the module.
+    it. Under manual optimisation it ends at the first ``manual_backward``, whose argument is the loss. Nothing is
+    logged. Metric states, plain lists, dicts and sets, and all other attributes of every submodule are afterwards what
+    they were; nothing of them keeps the graph alive. Out of reach: what the step modifies in place in other tensors
+    and objects, and what lies outside the module.
 
     Args:
         trainer: The trainer, in ``fit``.
@@ -80,7 +81,7 @@ def quiet_loss(trainer: Trainer, batch: Any, batch_idx: int) -> Tensor:
         found.append(loss)
         raise _LossFound
 
-    with _untouched(module), ExitStack() as stack:
+    with _own_attributes(module), ExitStack() as stack:
         _shadow(stack, module, log=_nothing, log_dict=_nothing, manual_backward=manual_backward)
         with trainer.strategy.precision_plugin.train_step_context():
             try:
@@ -117,17 +118,26 @@ def _restore_random_states(device: torch.device, stack: ExitStack) -> None:
 
 
 @contextmanager
-def _untouched(root: nn.Module) -> Iterator[None]:
-    """Give every submodule copies of its buffers, metric states and containers; take them away at the end."""
+def _own_buffers(root: nn.Module) -> Iterator[None]:
+    """Give every submodule copies of its buffers, and take them away at the end."""
+    copies: dict[int, Any] = {}
+    with ExitStack() as stack:
+        for module in root.modules():
+            stack.callback(_put_back, module._buffers, dict(module._buffers))
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = _copy(buffer, copies)
+        yield
+
+
+@contextmanager
+def _own_attributes(root: nn.Module) -> Iterator[None]:
+    """Give every submodule copies of its metric states and plain containers, and take them away at the end."""
     copies: dict[int, Any] = {}
     with ExitStack() as stack:
         for parameter in root.parameters():  # `toggle_optimizer` changes it
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
         for module in root.modules():
             stack.callback(_put_back, vars(module), dict(vars(module)))
-            stack.callback(_put_back, module._buffers, dict(module._buffers))
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = _copy(buffer, copies)
             states = getattr(module, "_defaults", ())  # those of torchmetrics
             for name, value in list(vars(module).items()):
                 if name in states or (name not in _OWN_TABLES and not isinstance(value, Tensor)):

@@ -1,0 +1,254 @@
+"""When the bits adapt in a run of the Trainer, and on which data; what comes of it is kept as history."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from ..adapt.adapter import Adapter
+from ..adapt.measurement import Measurement
+from ..engine import ActMemEngine
+from ..errors import ActMemWarning
+from .history import Record, layer_bits
+from .quiet import quiet, quiet_loss
+from .sub_batch import cut
+
+# By then loss and gradients have left the scale of the initial weights, and the batches after it are spared bits that
+# the first look already shows to be wasted or missing.
+FIRST_BATCH = 10
+SUB_BATCHES = 2
+MIN_SHARE = 8
+MAX_PASSES = 32
+GUARD_FACTOR = 1.5
+
+
+class _NotMeasuredError(Exception):
+    """What was measured is not to be used, on any rank."""
+
+
+class Adaptation:
+    """Measures on parts of a training batch and sets the plan: once an epoch or every so many batches.
+
+    The first time comes after `FIRST_BATCH` batches, or at the second epoch if that is earlier. Under several
+    processes each measures on its own batch, what they have measured is joined, and all take rank zero's plan.
+    """
+
+    def __init__(self) -> None:
+        #: What every adaptation has found, oldest first.
+        self.history: list[Record] = []
+        self._batches = 0
+        self._last_batch: int | None = None
+        self._last_epoch: int | None = None
+        self._warned = False
+
+    def start_batch(self, trainer: Trainer, engine: ActMemEngine, batch: Any, batch_idx: int) -> Record | None:
+        """Adapt if it is time to; call it in ``on_train_batch_start``.
+
+        Args:
+            trainer: The trainer.
+            engine: Whose plan adapts.
+            batch: The batch that is about to be trained on.
+            batch_idx: Its number.
+
+        Returns:
+            What was found, or ``None`` where nothing was measured.
+        """
+        if engine.adapter is None:
+            return None
+        if self._last_epoch is None:
+            self._last_epoch = trainer.current_epoch
+        number = self._batches
+        self._batches += 1
+        if not self._is_due(number, trainer.current_epoch, engine.config.adapt_every):
+            return None
+        self._last_batch, self._last_epoch = number, trainer.current_epoch
+        reason = self._measure(trainer, engine, engine.adapter, batch, batch_idx)
+        if reason:
+            self._warn_once(reason)
+            return None
+        return self._allocate(trainer, engine, engine.adapter)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: plain numbers and texts."""
+        return {
+            "batches": self._batches,
+            "last_batch": self._last_batch,
+            "last_epoch": self._last_epoch,
+            "history": [record.state() for record in self.history],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where the state was taken."""
+        self._batches = state["batches"]
+        self._last_batch = state["last_batch"]
+        self._last_epoch = state["last_epoch"]
+        self.history = [Record.of(record) for record in state["history"]]
+
+    def _is_due(self, number: int, epoch: int, every: int) -> bool:
+        if self._last_batch is None:
+            return number >= min(FIRST_BATCH, every or FIRST_BATCH) or epoch != self._last_epoch
+        return number - self._last_batch >= every if every else epoch != self._last_epoch
+
+    def _measure(
+        self, trainer: Trainer, engine: ActMemEngine, adapter: Adapter, batch: Any, batch_idx: int
+    ) -> str | None:
+        """Measure; return why it could not be done, the same on all ranks in that none or all have done it."""
+        module = trainer.lightning_module
+        reason = _refusal(trainer) if adapter.sizes.uses else "nothing has been packed that could have other bits"
+        parts: Sequence[Any] = ()
+        if not reason:
+            least = 2 if any(isinstance(layer, _BatchNorm) for layer in module.modules()) else 1
+            parts, _, reason = cut(batch, count=SUB_BATCHES, share=_share(engine, adapter), least=least)
+        if not trainer.strategy.reduce_boolean_decision(not reason, all=True):
+            return reason or "another process cannot measure"
+        scale = _loss_scale(trainer)
+        join = _Join(trainer, scale)
+        adapter.gather = join
+        try:
+            with quiet(trainer):
+                closures = [partial(_loss, trainer, part, batch_idx, scale) for part in parts]
+                adapter.measure(module, closures, inputs=parts, max_passes=MAX_PASSES)
+        except Exception as error:  # whatever a step of the user's does on part of a batch: training has to go on
+            join.excuse()
+            return str(error) if isinstance(error, _NotMeasuredError) else f"{type(error).__name__}: {error}"
+        finally:
+            adapter.gather = None
+        return None
+
+    def _allocate(self, trainer: Trainer, engine: ActMemEngine, adapter: Adapter) -> Record:
+        changes = adapter.allocate()
+        if trainer.world_size > 1:
+            # Their sizes may differ, and with them what each would choose.
+            engine.plan = trainer.strategy.broadcast(dict(engine.plan))
+        record = Record(
+            step=trainer.global_step,
+            epoch=trainer.current_epoch,
+            noise=adapter.measured_noise or 0.0,
+            predicted_noise=adapter.expected_noise or 0.0,
+            planned_noise=adapter.predicted_noise or 0.0,
+            bits=layer_bits(adapter.sizes.uses, engine.plan),
+            changes=tuple(map(str, changes)),
+        )
+        self.history.append(record)
+        _guard(record)
+        return record
+
+    def _warn_once(self, reason: str) -> None:
+        if not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"ActMem: the bits do not adapt, the present ones stay: {reason}. This is said once.",
+                category=ActMemWarning,
+            )
+
+
+class _Join:
+    """Brings the ranks' measurements together, each rank's exactly once, whether or not it has one.
+
+    Args:
+        trainer: The trainer.
+        scale: Factor by which the losses have been multiplied.
+    """
+
+    def __init__(self, trainer: Trainer, scale: float) -> None:
+        self._trainer = trainer
+        self._scale = scale
+        self._done = False
+
+    def __call__(self, measurement: Measurement) -> Sequence[Measurement]:
+        """Return the measurements of all ranks.
+
+        Raises:
+            _NotMeasuredError: If a rank has none, or one that is not finite.
+        """
+        found = self._exchange(_unscaled(measurement, self._scale))
+        parts = [part for part in found if part is not None]
+        if len(parts) < len(found):
+            raise _NotMeasuredError("another process could not measure")
+        if not all(map(_is_finite, parts)):
+            raise _NotMeasuredError("a gradient is not finite")
+        return parts
+
+    def excuse(self) -> None:
+        """Tell the others that there is no measurement, unless they have been told."""
+        if not self._done:
+            self._exchange(None)
+
+    def _exchange(self, measurement: Measurement | None) -> list[Measurement | None]:
+        self._done = True
+        found = [measurement]
+        if self._trainer.world_size > 1:
+            found = [None] * self._trainer.world_size
+            torch.distributed.all_gather_object(found, measurement)
+        return found
+
+
+def _refusal(trainer: Trainer) -> str:
+    """Return why nothing can be measured in this run, or an empty text."""
+    module, model = trainer.lightning_module, trainer.strategy.model
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        return "training_step(dataloader_iter) fetches its batches itself"
+    if any(hasattr(parameter, "device_mesh") for parameter in module.parameters()):
+        return "the parameters are sharded (DTensor), their gradient cannot be taken layer by layer"
+    if not (model is module or isinstance(model, DistributedDataParallel)):
+        return f"under {type(trainer.strategy).__name__} the model cannot be run by itself"
+    return ""
+
+
+def _share(engine: ActMemEngine, adapter: Adapter) -> int:
+    """Return into how many parts to cut a batch, so that one, kept exact, takes no more than a packed batch."""
+    sizes = adapter.sizes
+    exact_bytes = sizes.fixed_bytes + sum(use.stored_bytes(None) for use in sizes.uses.values())
+    return max(MIN_SHARE, math.ceil(exact_bytes / max(engine.ledger.peak_saved_bytes, 1)))
+
+
+def _loss_scale(trainer: Trainer) -> float:
+    """Return the factor that keeps float16 gradients from vanishing."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def _loss(trainer: Trainer, batch: Any, batch_idx: int, scale: float) -> Tensor:
+    loss = quiet_loss(trainer, batch, batch_idx)
+    return loss if scale == 1 else loss * scale
+
+
+def _unscaled(measurement: Measurement, scale: float) -> Measurement:
+    """Return squares of gradients as they are without the loss scale, which changes between adaptations."""
+
+    def divided(values: Sequence[float]) -> list[float]:
+        return [value / scale**2 for value in values]
+
+    return replace(
+        measurement,
+        errors={target: divided(errors) for target, errors in measurement.errors.items()},
+        distances=divided(measurement.distances),
+        totals=divided(measurement.totals),
+    )
+
+
+def _is_finite(measurement: Measurement) -> bool:
+    errors = (error for errors in measurement.errors.values() for error in errors)
+    return all(map(math.isfinite, (*errors, *measurement.distances, *measurement.totals)))
+
+
+def _guard(record: Record) -> None:
+    """Warn where the sum over the sites does not tell what all of them together do."""
+    low, high = sorted((record.noise, record.predicted_noise))
+    if high > GUARD_FACTOR * low:
+        rank_zero_warn(
+            f"ActMem: the gradient noise is {record.noise:.3g} as measured and {record.predicted_noise:.3g} as "
+            f"predicted, more than a factor of {GUARD_FACTOR} apart: the sum over the sites does not hold here.",
+            category=ActMemWarning,
+        )
