@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -16,12 +14,14 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_actmem_kernels import CodecSpec
+
 from ..adapt.adapter import Adapter
-from ..adapt.measurement import Measurement
 from ..engine import ActMemEngine
 from ..errors import ActMemWarning
 from .history import Record, layer_bits
 from .quiet import quiet, quiet_loss
+from .ranks import Join, NotMeasuredError
 from .sub_batch import cut
 
 # By then loss and gradients have left the scale of the initial weights, and the batches after it are spared bits that
@@ -29,12 +29,9 @@ from .sub_batch import cut
 FIRST_BATCH = 10
 SUB_BATCHES = 2
 MIN_SHARE = 8
+MIN_SHARE_BATCH_NORM = 4  # with fewer samples the batch's own statistics are too far from those of training
 MAX_PASSES = 32
 GUARD_FACTOR = 1.5
-
-
-class _NotMeasuredError(Exception):
-    """What was measured is not to be used, on any rank."""
 
 
 class Adaptation:
@@ -47,6 +44,8 @@ class Adaptation:
     def __init__(self) -> None:
         #: What every adaptation has found, oldest first.
         self.history: list[Record] = []
+        #: Whether a batch size has been searched for: then no plan stores more than the trials have.
+        self.capped = False
         self._batches = 0
         self._last_batch: int | None = None
         self._last_epoch: int | None = None
@@ -85,6 +84,7 @@ class Adaptation:
             "batches": self._batches,
             "last_batch": self._last_batch,
             "last_epoch": self._last_epoch,
+            "capped": self.capped,
             "history": [record.state() for record in self.history],
         }
 
@@ -93,6 +93,7 @@ class Adaptation:
         self._batches = state["batches"]
         self._last_batch = state["last_batch"]
         self._last_epoch = state["last_epoch"]
+        self.capped = state["capped"]
         self.history = [Record.of(record) for record in state["history"]]
 
     def _is_due(self, number: int, epoch: int, every: int) -> bool:
@@ -108,12 +109,14 @@ class Adaptation:
         reason = _refusal(trainer) if adapter.sizes.uses else "nothing has been packed that could have other bits"
         parts: Sequence[Any] = ()
         if not reason:
-            least = 2 if any(isinstance(layer, _BatchNorm) for layer in module.modules()) else 1
-            parts, _, reason = cut(batch, count=SUB_BATCHES, share=_share(engine, adapter), least=least)
+            has_batch_norm = any(isinstance(layer, _BatchNorm) for layer in module.modules())
+            share = max(_share(engine, adapter), MIN_SHARE_BATCH_NORM if has_batch_norm else MIN_SHARE)
+            # Batch norm refuses a single sample.
+            parts, _, reason = cut(batch, count=SUB_BATCHES, share=share, least=2 if has_batch_norm else 1)
         if not trainer.strategy.reduce_boolean_decision(not reason, all=True):
             return reason or "another process cannot measure"
         scale = _loss_scale(trainer)
-        join = _Join(trainer, scale)
+        join = Join(trainer, scale)
         adapter.gather = join
         try:
             with quiet(trainer):
@@ -121,12 +124,13 @@ class Adaptation:
                 adapter.measure(module, closures, inputs=parts, max_passes=MAX_PASSES)
         except Exception as error:  # whatever a step of the user's does on part of a batch: training has to go on
             join.excuse()
-            return str(error) if isinstance(error, _NotMeasuredError) else f"{type(error).__name__}: {error}"
+            return str(error) if isinstance(error, NotMeasuredError) else f"{type(error).__name__}: {error}"
         finally:
             adapter.gather = None
         return None
 
     def _allocate(self, trainer: Trainer, engine: ActMemEngine, adapter: Adapter) -> Record:
+        adapter.capped = self.capped
         changes = adapter.allocate()
         if trainer.world_size > 1:
             # Their sizes may differ, and with them what each would choose.
@@ -153,47 +157,6 @@ class Adaptation:
             )
 
 
-class _Join:
-    """Brings the ranks' measurements together, each rank's exactly once, whether or not it has one.
-
-    Args:
-        trainer: The trainer.
-        scale: Factor by which the losses have been multiplied.
-    """
-
-    def __init__(self, trainer: Trainer, scale: float) -> None:
-        self._trainer = trainer
-        self._scale = scale
-        self._done = False
-
-    def __call__(self, measurement: Measurement) -> Sequence[Measurement]:
-        """Return the measurements of all ranks.
-
-        Raises:
-            _NotMeasuredError: If a rank has none, or one that is not finite.
-        """
-        found = self._exchange(_unscaled(measurement, self._scale))
-        parts = [part for part in found if part is not None]
-        if len(parts) < len(found):
-            raise _NotMeasuredError("another process could not measure")
-        if not all(map(_is_finite, parts)):
-            raise _NotMeasuredError("a gradient is not finite")
-        return parts
-
-    def excuse(self) -> None:
-        """Tell the others that there is no measurement, unless they have been told."""
-        if not self._done:
-            self._exchange(None)
-
-    def _exchange(self, measurement: Measurement | None) -> list[Measurement | None]:
-        self._done = True
-        found = [measurement]
-        if self._trainer.world_size > 1:
-            found = [None] * self._trainer.world_size
-            torch.distributed.all_gather_object(found, measurement)
-        return found
-
-
 def _refusal(trainer: Trainer) -> str:
     """Return why nothing can be measured in this run, or an empty text."""
     module, model = trainer.lightning_module, trainer.strategy.model
@@ -207,10 +170,13 @@ def _refusal(trainer: Trainer) -> str:
 
 
 def _share(engine: ActMemEngine, adapter: Adapter) -> int:
-    """Return into how many parts to cut a batch, so that one, kept exact, takes no more than a packed batch."""
-    sizes = adapter.sizes
-    exact_bytes = sizes.fixed_bytes + sum(use.stored_bytes(None) for use in sizes.uses.values())
-    return max(MIN_SHARE, math.ceil(exact_bytes / max(engine.ledger.peak_saved_bytes, 1)))
+    """Return into how many parts to cut a batch, so that a probe of one takes no more than a batch in training."""
+    compact = CodecSpec("uniform", bits=8, group_size=engine.config.group_size)
+    # Not from the ledger: the first step after a checkpoint has to measure as it would have without a break.
+    uses, fixed_bytes = adapter.sizes.uses, adapter.sizes.fixed_bytes
+    probe_bytes = fixed_bytes + sum(use.stored_bytes(compact) for use in uses.values())
+    step_bytes = fixed_bytes + sum(use.stored_bytes(engine.plan.get(site, use.default)) for site, use in uses.items())
+    return math.ceil(probe_bytes / max(step_bytes, 1))
 
 
 def _loss_scale(trainer: Trainer) -> float:
@@ -222,25 +188,6 @@ def _loss_scale(trainer: Trainer) -> float:
 def _loss(trainer: Trainer, batch: Any, batch_idx: int, scale: float) -> Tensor:
     loss = quiet_loss(trainer, batch, batch_idx)
     return loss if scale == 1 else loss * scale
-
-
-def _unscaled(measurement: Measurement, scale: float) -> Measurement:
-    """Return squares of gradients as they are without the loss scale, which changes between adaptations."""
-
-    def divided(values: Sequence[float]) -> list[float]:
-        return [value / scale**2 for value in values]
-
-    return replace(
-        measurement,
-        errors={target: divided(errors) for target, errors in measurement.errors.items()},
-        distances=divided(measurement.distances),
-        totals=divided(measurement.totals),
-    )
-
-
-def _is_finite(measurement: Measurement) -> bool:
-    errors = (error for errors in measurement.errors.values() for error in errors)
-    return all(map(math.isfinite, (*errors, *measurement.distances, *measurement.totals)))
 
 
 def _guard(record: Record) -> None:

@@ -26,7 +26,7 @@ class Record:
         predicted_noise: The same by the sum over the sites.
         planned_noise: The sum over the sites under the plan from now on.
         bits: Stored bits per element of every layer from now on.
-        changes: For every site that is stored in another way from now on, what changes and why.
+        changes: For every site that is stored in another way from now on, what changes and why; no checkpoint has it.
     """
 
     step: int
@@ -34,8 +34,8 @@ class Record:
     noise: float
     predicted_noise: float
     planned_noise: float
-    bits: Mapping[str, float]
-    changes: tuple[str, ...]
+    bits: dict[str, float]
+    changes: tuple[str, ...] = ()
 
     def metrics(self) -> dict[str, float]:
         """Return the figures under the names that loggers see.
@@ -48,12 +48,14 @@ class Record:
 
     def state(self) -> dict[str, Any]:
         """Return the fields as a checkpoint may hold them."""
-        return {**asdict(self), "bits": dict(self.bits), "changes": list(self.changes)}
+        state = asdict(self)
+        del state["changes"]
+        return state
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Record:
         """Return the record that `state` was taken of."""
-        return cls(**{**state, "changes": tuple(state["changes"])})
+        return cls(**state)
 
 
 def layer_bits(uses: Mapping[Site, SiteUse], plan: Mapping[Site, CodecSpec | None]) -> dict[str, float]:
