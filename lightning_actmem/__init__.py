@@ -7,6 +7,10 @@ from .errors import ActMemWarning as ActMemWarning
 from .integration import ActMem as ActMem
 from .integration import ActMemDDPStrategy as ActMemDDPStrategy
 from .integration import ActMemStrategy as ActMemStrategy
+from .integration import BitsPerElement as BitsPerElement
+from .integration import CompressionRatio as CompressionRatio
+from .integration import GradientNoise as GradientNoise
+from .integration import StoredBytes as StoredBytes
 from .report import LayerRow as LayerRow
 from .report import StepReport as StepReport
 
@@ -18,6 +22,10 @@ __all__ = [
     "ActMemError",
     "ActMemStrategy",
     "ActMemWarning",
+    "BitsPerElement",
+    "CompressionRatio",
+    "GradientNoise",
     "LayerRow",
     "StepReport",
+    "StoredBytes",
 ]

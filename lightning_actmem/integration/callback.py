@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from ..config import ActMemConfig, given_settings
 from ..engine import ActMemEngine
 from .adaptation import Adaptation
+from .figures import log_figures
 from .metrics import StepMetrics
 from .shadow import CompressedTrainingStep
 from .summary import TITLE, changes_text, render, show, summarize, wants_summary
@@ -157,6 +158,7 @@ class ActMem(Callback):
             return
         if self._metrics is not None:
             self._metrics.keep(record.metrics())
+            log_figures(trainer, self.adaptation.history)
         if self.engine.config.verbose and wants_summary(trainer):
             show(trainer, changes_text(record))
             self._title = f"ActMem: what a training step has stored since step {record.step}"
