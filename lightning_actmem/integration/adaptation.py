@@ -108,15 +108,17 @@ class Adaptation:
         module = trainer.lightning_module
         reason = _refusal(trainer) if adapter.sizes.uses else "nothing has been packed that could have other bits"
         parts: Sequence[Any] = ()
+        samples = 0
         if not reason:
             has_batch_norm = any(isinstance(layer, _BatchNorm) for layer in module.modules())
             share = max(_share(engine, adapter), MIN_SHARE_BATCH_NORM if has_batch_norm else MIN_SHARE)
             # Batch norm refuses a single sample.
-            parts, _, reason = cut(batch, count=SUB_BATCHES, share=share, least=2 if has_batch_norm else 1)
+            parts, samples, reason = cut(batch, count=SUB_BATCHES, share=share, least=2 if has_batch_norm else 1)
         if not trainer.strategy.reduce_boolean_decision(not reason, all=True):
             return reason or "another process cannot measure"
         scale = _loss_scale(trainer)
-        join = Join(trainer, scale)
+        # Variances fall with the number of samples, and the parts may be larger or smaller next time.
+        join = Join(trainer, samples / scale**2)
         adapter.gather = join
         try:
             with quiet(trainer):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -21,12 +20,12 @@ class Join:
 
     Args:
         trainer: The trainer.
-        scale: Factor by which the losses have been multiplied.
+        factor: What the rank's own is multiplied by, so that it compares with other ranks' and adaptations'.
     """
 
-    def __init__(self, trainer: Trainer, scale: float) -> None:
+    def __init__(self, trainer: Trainer, factor: float) -> None:
         self._trainer = trainer
-        self._scale = scale
+        self._factor = factor
         self._done = False
 
     def __call__(self, measurement: Measurement) -> Sequence[Measurement]:
@@ -35,11 +34,11 @@ class Join:
         Raises:
             NotMeasuredError: If a rank has none, or one that is not finite.
         """
-        found = self._exchange(_unscaled(measurement, self._scale))
+        found = self._exchange(_times(measurement, self._factor))
         parts = [part for part in found if part is not None]
         if len(parts) < len(found):
             raise NotMeasuredError("another process could not measure")
-        if not all(map(_is_finite, parts)):
+        if not all(part.is_finite for part in parts):
             raise NotMeasuredError("a gradient is not finite")
         return parts
 
@@ -57,20 +56,11 @@ class Join:
         return found
 
 
-def _unscaled(measurement: Measurement, scale: float) -> Measurement:
-    """Return squares of gradients as they are without the loss scale, which changes between adaptations."""
-
-    def divided(values: Sequence[float]) -> list[float]:
-        return [value / scale**2 for value in values]
-
+def _times(measurement: Measurement, factor: float) -> Measurement:
+    """Return a measurement in another unit."""
     return replace(
         measurement,
-        errors={target: divided(errors) for target, errors in measurement.errors.items()},
-        distances=divided(measurement.distances),
-        totals=divided(measurement.totals),
+        errors={target: [error * factor for error in errors] for target, errors in measurement.errors.items()},
+        distances=[distance * factor for distance in measurement.distances],
+        totals=[total * factor for total in measurement.totals],
     )
-
-
-def _is_finite(measurement: Measurement) -> bool:
-    errors = (error for errors in measurement.errors.values() for error in errors)
-    return all(map(math.isfinite, (*errors, *measurement.distances, *measurement.totals)))
