@@ -62,7 +62,7 @@ class ActMemConfig:
         noise: Variance that rounding may add to the gradient, relative to the variance that the minibatch gradient has
             by itself (0.05: 5 %); with the fewest bytes. Given with ``budget``, the bytes keep the budget first.
         budget: Activation bytes to store at most: ``"4GiB"``, ``"800MB"``, ``"1000000"``; with the least variance.
-        adapt_every: Training steps between two adaptations; 0: once an epoch.
+        adapt_every: Training batches between two adaptations; 0: once an epoch.
         method: ``"actmem"`` (measured), or for comparison ``"actnn"`` or ``"gact"``, as these were published.
         summary: Print the per-layer table after the first training step.
         verbose: Print at every adaptation what changes and why, and the table again.

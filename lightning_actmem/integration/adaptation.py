@@ -132,6 +132,7 @@ class Adaptation:
         return None
 
     def _allocate(self, trainer: Trainer, engine: ActMemEngine, adapter: Adapter) -> Record:
+        can_tell = engine.config.method == "actmem" and _knows_all(engine, adapter)
         adapter.capped = self.capped
         changes = adapter.allocate()
         record = Record(
@@ -147,7 +148,7 @@ class Adaptation:
             # The ranks may store tensors of other sizes, and would not all choose the same.
             engine.plan, record = trainer.strategy.broadcast((dict(engine.plan), record))
         self.history.append(record)
-        if engine.config.method == "actmem":  # the published laws do not claim to tell the variance
+        if can_tell:
             _guard(record)
         return record
 
@@ -191,6 +192,14 @@ def _loss_scale(trainer: Trainer) -> float:
 def _loss(trainer: Trainer, batch: Any, batch_idx: int, scale: float) -> Tensor:
     loss = quiet_loss(trainer, batch, batch_idx)
     return loss if scale == 1 else loss * scale
+
+
+def _knows_all(engine: ActMemEngine, adapter: Adapter) -> bool:
+    """Whether every site has been measured: in a deep model that takes more than one adaptation."""
+    return all(
+        adapter.sensitivities.variance(site, engine.plan.get(site, use.default)) is not None
+        for site, use in adapter.sizes.uses.items()
+    )
 
 
 def _guard(record: Record) -> None:

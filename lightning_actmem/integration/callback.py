@@ -48,7 +48,7 @@ class ActMem(Callback):
         adapt: Whether the bits of every site follow from what its rounding does to the gradient.
         noise: Variance that rounding may add to the gradient, relative to the minibatch gradient's own.
         budget: Activation bytes to store at most (``"4GiB"``).
-        adapt_every: Training steps between two adaptations; 0: once an epoch.
+        adapt_every: Training batches between two adaptations; 0: once an epoch.
         method: ``"actmem"``, ``"actnn"`` or ``"gact"``.
         summary: Print the per-layer table after the first training step.
         verbose: Print at every adaptation what changes and why, and the table again.

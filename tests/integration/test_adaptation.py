@@ -275,6 +275,30 @@ class DryNet(Net):
         return DataLoader(Subset(dataset(SAMPLES), list(range(SAMPLES)) * 6), batch_size=SAMPLES)
 
 
+@pytest.mark.filterwarnings("error:ActMem. the gradient noise is")
+def test_the_guard_waits_until_every_site_has_been_measured(monkeypatch):
+    take = Adapter._take
+
+    def partly(self: Adapter, measurement: Any) -> None:
+        take(self, measurement)
+        self.sensitivities.averages.popitem()
+        self.measured_noise = 2 * self.expected_noise
+
+    monkeypatch.setattr(Adapter, "_take", partly)
+    run(epochs=2)
+
+
+@pytest.mark.filterwarnings("error:ActMem. the gradient noise is")
+@pytest.mark.parametrize("method", ["actnn", "gact"])
+def test_the_published_methods_run_too(method):
+    """Their laws do not claim to tell the variance, so no guard speaks up."""
+    budget = run(actmem=ActMem(**PACK_ALL))[1].engine.report().saved_bytes
+    _, actmem = run(actmem=ActMem(method=method, **PACK_ALL))
+    assert len(actmem.adaptation.history) == 4
+    assert {spec.rounding for spec in actmem.engine.plan.values()} == {"stochastic"}
+    assert actmem.engine.report().saved_bytes <= budget
+
+
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 @pytest.mark.parametrize("stop", [7, 12])
 def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, stop):

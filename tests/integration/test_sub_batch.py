@@ -105,6 +105,17 @@ def test_tensors_in_any_nesting(batch):
     assert getattr(first, "name", "kept") == getattr(first, "kind", "kept") == "kept"
 
 
+def test_hugging_face():
+    transformers = pytest.importorskip("transformers")
+    encoding = transformers.BatchEncoding({"input_ids": X, "labels": Y})
+    output = transformers.modeling_outputs.BaseModelOutput(last_hidden_state=X)
+    for batch, name in ((encoding, "input_ids"), (output, "last_hidden_state")):
+        for start, part in zip((0, 4), parts(batch), strict=True):
+            assert type(part) is type(batch)
+            assert_rows(part[name], X, start)
+        assert len(batch[name]) == SAMPLES
+
+
 def test_what_belongs_to_no_sample_goes_with_every_part():
     positions, scale, captions = torch.arange(5)[None], torch.tensor(2.0), [f"caption {i}" for i in range(SAMPLES)]
     for start, part in zip((0, 4), parts((X, positions, scale, captions, "train", None)), strict=True):
