@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
-from lightning_actmem_kernels import CodecSpec
-
-from ..adapt.adapter import Adapter
+from ..adapt.adapter import Adapter, Change
 from ..engine import ActMemEngine
 from ..errors import ActMemWarning
 from .history import Record, layer_bits
-from .quiet import quiet, quiet_loss
-from .ranks import Join, NotMeasuredError
-from .sub_batch import cut
+from .measuring import measure
 
 # By then loss and gradients have left the scale of the initial weights, and the batches after it are spared bits that
 # the first look already shows to be wasted or missing.
 FIRST_BATCH = 10
-SUB_BATCHES = 2
-MIN_SHARE = 8
-MIN_SHARE_BATCH_NORM = 4  # with fewer samples the batch's own statistics are too far from those of training
 MAX_PASSES = 32
+# What two parts of a batch take to compare the whole plan with the exact gradient, and one to spare.
+CHECK_PASSES = 5
+MAX_CHECKS = 3
+CHECK_FACTOR = 1.2  # a measurement of the noise scatters by about as much
 GUARD_FACTOR = 1.5
+# Sites whose tensors are too small for packing in a part of the batch are never measured.
+_NEGLIGIBLE = 0.05
 
 
 class Adaptation:
     """Measures on parts of a training batch and sets the plan: once an epoch or every so many batches.
 
-    The first time comes after `FIRST_BATCH` batches, or at the second epoch if that is earlier. Under several
-    processes each measures on its own batch, what they have measured is joined, and all take rank zero's plan.
+    The first time comes after `FIRST_BATCH` batches, or at the second epoch if that is earlier. Where the noise has a
+    limit, a new plan is checked at the next batch, with few passes: if it makes more noise than it was held to, bits
+    go up at once. Under several processes each measures on its own batch, what they have measured is joined, and all
+    take rank zero's plan.
     """
 
     def __init__(self) -> None:
@@ -49,6 +44,7 @@ class Adaptation:
         self._batches = 0
         self._last_batch: int | None = None
         self._last_epoch: int | None = None
+        self._checks = 0
         self._warned = False
 
     def start_batch(self, trainer: Trainer, engine: ActMemEngine, batch: Any, batch_idx: int) -> Record | None:
@@ -69,14 +65,20 @@ class Adaptation:
             self._last_epoch = trainer.current_epoch
         number = self._batches
         self._batches += 1
-        if not self._is_due(number, trainer.current_epoch, engine.config.adapt_every):
+        is_due = self._is_due(number, trainer.current_epoch, engine.config.adapt_every)
+        if is_due:
+            self._last_batch, self._last_epoch = number, trainer.current_epoch
+        elif not self._checks:
             return None
-        self._last_batch, self._last_epoch = number, trainer.current_epoch
-        reason = self._measure(trainer, engine, engine.adapter, batch, batch_idx)
+        reason = measure(trainer, engine, batch, batch_idx, MAX_PASSES if is_due else CHECK_PASSES)
         if reason:
+            self._checks = 0
             self._warn_once(reason)
             return None
-        return self._allocate(trainer, engine, engine.adapter)
+        record = self._record(trainer, engine, engine.adapter, is_check=not is_due)
+        has_limit = engine.config.noise is not None and bool(record.changes)
+        self._checks = (MAX_CHECKS if is_due else self._checks - 1) if has_limit else 0
+        return record
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state: plain numbers and texts."""
@@ -84,6 +86,7 @@ class Adaptation:
             "batches": self._batches,
             "last_batch": self._last_batch,
             "last_epoch": self._last_epoch,
+            "checks": self._checks,
             "capped": self.capped,
             "history": [record.state() for record in self.history],
         }
@@ -93,6 +96,7 @@ class Adaptation:
         self._batches = state["batches"]
         self._last_batch = state["last_batch"]
         self._last_epoch = state["last_epoch"]
+        self._checks = state["checks"]
         self.capped = state["capped"]
         self.history = [Record.of(record) for record in state["history"]]
 
@@ -101,47 +105,22 @@ class Adaptation:
             return number >= min(FIRST_BATCH, every or FIRST_BATCH) or epoch != self._last_epoch
         return number - self._last_batch >= every if every else epoch != self._last_epoch
 
-    def _measure(
-        self, trainer: Trainer, engine: ActMemEngine, adapter: Adapter, batch: Any, batch_idx: int
-    ) -> str | None:
-        """Measure; return why it could not be done, the same on all ranks in that none or all have done it."""
-        module = trainer.lightning_module
-        reason = _refusal(trainer) if adapter.sizes.uses else "nothing has been packed that could have other bits"
-        parts: Sequence[Any] = ()
-        samples = 0
-        if not reason:
-            has_batch_norm = any(isinstance(layer, _BatchNorm) for layer in module.modules())
-            share = max(_share(engine, adapter), MIN_SHARE_BATCH_NORM if has_batch_norm else MIN_SHARE)
-            # Batch norm refuses a single sample.
-            parts, samples, reason = cut(batch, count=SUB_BATCHES, share=share, least=2 if has_batch_norm else 1)
-        if not trainer.strategy.reduce_boolean_decision(not reason, all=True):
-            return reason or "another process cannot measure"
-        scale = _loss_scale(trainer)
-        # Variances fall with the number of samples, and the parts may be larger or smaller next time.
-        join = Join(trainer, samples / scale**2)
-        adapter.gather = join
-        try:
-            with quiet(trainer):
-                closures = [partial(_loss, trainer, part, batch_idx, scale) for part in parts]
-                adapter.measure(module, closures, inputs=parts, max_passes=MAX_PASSES)
-        except Exception as error:  # whatever a step of the user's does on part of a batch: training has to go on
-            join.excuse()
-            return str(error) if isinstance(error, NotMeasuredError) else f"{type(error).__name__}: {error}"
-        finally:
-            adapter.gather = None
-        return None
-
-    def _allocate(self, trainer: Trainer, engine: ActMemEngine, adapter: Adapter) -> Record:
-        can_tell = engine.config.method == "actmem" and _knows_all(engine, adapter)
-        adapter.capped = self.capped
-        changes = adapter.allocate()
+    def _record(self, trainer: Trainer, engine: ActMemEngine, adapter: Adapter, is_check: bool) -> Record:
+        """Set the plan by what has been measured, and note both."""
+        can_tell = engine.config.method == "actmem" and _knows_most(engine, adapter)
+        noise, limit = adapter.measured_noise or 0.0, engine.config.noise
+        changes: list[Change] = []
+        if not is_check or (limit is not None and noise > CHECK_FACTOR * limit):
+            adapter.capped = self.capped
+            changes = adapter.allocate()
         record = Record(
             step=trainer.global_step,
             epoch=trainer.current_epoch,
-            noise=adapter.measured_noise or 0.0,
+            noise=noise,
             predicted_noise=adapter.expected_noise or 0.0,
             planned_noise=adapter.predicted_noise or 0.0,
             bits=layer_bits(adapter.sizes.uses, engine.plan),
+            is_check=is_check,
             changes=tuple(map(str, changes)),
         )
         if trainer.world_size > 1:
@@ -161,45 +140,16 @@ class Adaptation:
             )
 
 
-def _refusal(trainer: Trainer) -> str:
-    """Return why nothing can be measured in this run, or an empty text."""
-    module, model = trainer.lightning_module, trainer.strategy.model
-    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
-        return "training_step(dataloader_iter) fetches its batches itself"
-    if any(hasattr(parameter, "device_mesh") for parameter in module.parameters()):
-        return "the parameters are sharded (DTensor), their gradient cannot be taken layer by layer"
-    if not (model is module or isinstance(model, DistributedDataParallel)):
-        return f"under {type(trainer.strategy).__name__} the model cannot be run by itself"
-    return ""
-
-
-def _share(engine: ActMemEngine, adapter: Adapter) -> int:
-    """Return into how many parts to cut a batch, so that a probe of one takes no more than a batch in training."""
-    compact = CodecSpec("uniform", bits=8, group_size=engine.config.group_size)
-    # Not from the ledger: the first step after a checkpoint has to measure as it would have without a break.
-    uses, fixed_bytes = adapter.sizes.uses, adapter.sizes.fixed_bytes
-    probe_bytes = fixed_bytes + sum(use.stored_bytes(compact) for use in uses.values())
-    step_bytes = fixed_bytes + sum(use.stored_bytes(engine.plan.get(site, use.default)) for site, use in uses.items())
-    return math.ceil(probe_bytes / max(step_bytes, 1))
-
-
-def _loss_scale(trainer: Trainer) -> float:
-    """Return the factor that keeps float16 gradients from vanishing."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return 1.0 if scaler is None else float(scaler.get_scale())
-
-
-def _loss(trainer: Trainer, batch: Any, batch_idx: int, scale: float) -> Tensor:
-    loss = quiet_loss(trainer, batch, batch_idx)
-    return loss if scale == 1 else loss * scale
-
-
-def _knows_all(engine: ActMemEngine, adapter: Adapter) -> bool:
-    """Whether every site has been measured: in a deep model that takes more than one adaptation."""
-    return all(
-        adapter.sensitivities.variance(site, engine.plan.get(site, use.default)) is not None
-        for site, use in adapter.sizes.uses.items()
-    )
+def _knows_most(engine: ActMemEngine, adapter: Adapter) -> bool:
+    """Whether nearly every byte's site has been measured: in a deep model that takes more than one adaptation."""
+    known_bytes = all_bytes = 0
+    for site, use in adapter.sizes.uses.items():
+        spec = engine.plan.get(site, use.default)
+        stored_bytes = use.stored_bytes(spec)
+        all_bytes += stored_bytes
+        if adapter.sensitivities.variance(site, spec) is not None:
+            known_bytes += stored_bytes
+    return known_bytes >= (1 - _NEGLIGIBLE) * all_bytes
 
 
 def _guard(record: Record) -> None:

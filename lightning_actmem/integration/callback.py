@@ -161,7 +161,8 @@ class ActMem(Callback):
             log_figures(trainer, self.adaptation.history)
         if self.engine.config.verbose and wants_summary(trainer):
             show(trainer, changes_text(record))
-            self._title = f"ActMem: what a training step has stored since step {record.step}"
+            if record.changes:
+                self._title = f"ActMem: what a training step has stored since step {record.step}"
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

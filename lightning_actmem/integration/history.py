@@ -16,7 +16,7 @@ OUTSIDE = "outside_submodules"
 
 @dataclass(frozen=True)
 class Record:
-    """One adaptation.
+    """One adaptation, or the check of the plan that it has set.
 
     Args:
         step: The trainer's ``global_step``.
@@ -26,6 +26,7 @@ class Record:
         predicted_noise: The same by the sum over the sites.
         planned_noise: The sum over the sites under the plan from now on.
         bits: Stored bits per element of every layer from now on.
+        is_check: Whether the last plan alone was checked, with few passes.
         changes: For every site that is stored in another way from now on, what changes and why; no checkpoint has it.
     """
 
@@ -35,6 +36,7 @@ class Record:
     predicted_noise: float
     planned_noise: float
     bits: dict[str, float]
+    is_check: bool = False
     changes: tuple[str, ...] = ()
 
     def metrics(self) -> dict[str, float]:

@@ -95,7 +95,7 @@ def train(net: type[TellingNet], folder: Path, strategy: Any = None, **settings:
 @pytest.mark.parametrize("net", [TellingNet, BranchingNet])
 def test_every_rank_takes_the_same_plan(tmp_path, net):
     first, second = train(net, tmp_path, noise=NOISE).told()
-    assert len(first["history"]) == 3
+    assert [record["step"] for record in first["history"] if not record["is_check"]] == [4, 8, 12]
     assert first == second
     assert first["plan"]
     assert first["sensitivities"]

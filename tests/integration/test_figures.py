@@ -35,7 +35,8 @@ def test_tensorboard_gets_a_histogram_of_every_adaptation(tmp_path):
     logger = TensorBoardLogger(tmp_path)
     history = run([CSVLogger(tmp_path), logger]).adaptation.history
     found = EventAccumulator(logger.log_dir, size_guidance={"histograms": 0}).Reload().Histograms("actmem/bits")
-    assert [event.step for event in found] == [record.step for record in history] == [4, 8]
+    assert [event.step for event in found] == [record.step for record in history]
+    assert {4, 8} <= {event.step for event in found}
     for event, record in zip(found, history, strict=True):
         assert event.histogram_value.num == len(record.bits)
         assert event.histogram_value.sum == pytest.approx(sum(record.bits.values()))
@@ -60,8 +61,9 @@ def test_figures_need_matplotlib(tmp_path, monkeypatch, installed):
     monkeypatch.setattr(figures, "find_spec", lambda _: installed or None)
     monkeypatch.setattr(figures, "heat_map", len)
     logger = FigureLogger(tmp_path)
-    run(logger)
-    assert logger.figures == ([("actmem/bits_over_time", 1, 4), ("actmem/bits_over_time", 2, 8)] if installed else [])
+    history = run(logger).adaptation.history
+    wanted = [("actmem/bits_over_time", number, record.step) for number, record in enumerate(history, start=1)]
+    assert logger.figures == (wanted if installed else [])
 
 
 def test_the_heat_map_has_a_row_for_every_layer_and_a_column_for_every_adaptation():
