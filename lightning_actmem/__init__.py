@@ -8,7 +8,11 @@ from .integration import ActMem as ActMem
 from .integration import ActMemBatchSizeFinder as ActMemBatchSizeFinder
 from .integration import ActMemDDPStrategy as ActMemDDPStrategy
 from .integration import ActMemStrategy as ActMemStrategy
+from .integration import BitsPerElement as BitsPerElement
+from .integration import CompressionRatio as CompressionRatio
+from .integration import GradientNoise as GradientNoise
 from .integration import MemoryPlan as MemoryPlan
+from .integration import StoredBytes as StoredBytes
 from .integration import plan as plan
 from .report import LayerRow as LayerRow
 from .report import StepReport as StepReport
@@ -22,8 +26,12 @@ __all__ = [
     "ActMemError",
     "ActMemStrategy",
     "ActMemWarning",
+    "BitsPerElement",
+    "CompressionRatio",
+    "GradientNoise",
     "LayerRow",
     "MemoryPlan",
     "StepReport",
+    "StoredBytes",
     "plan",
 ]

@@ -64,9 +64,10 @@ class ActMemConfig:
         noise: Variance that rounding may add to the gradient, relative to the variance that the minibatch gradient has
             by itself (0.05: 5 %); with the fewest bytes. Given with ``budget``, the bytes keep the budget first.
         budget: Activation bytes to store at most: ``"4GiB"``, ``"800MB"``, ``"1000000"``; with the least variance.
-        adapt_every: Training steps between two adaptations; 0: once an epoch.
+        adapt_every: Training batches between two adaptations; 0: once an epoch.
         method: ``"actmem"`` (measured), or for comparison ``"actnn"`` or ``"gact"``, as these were published.
         summary: Print the per-layer table after the first training step.
+        verbose: Print at every adaptation what changes and why, and the table again.
 
     Raises:
         ValueError: If a value is not one of those above.
@@ -96,6 +97,7 @@ class ActMemConfig:
     adapt_every: int = 0
     method: str = "actmem"
     summary: bool = True
+    verbose: bool = False
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -117,8 +119,9 @@ class ActMemConfig:
             raise ValueError(f"seed must be from 0 to 2**31 - 1, got {self.seed}. Choose another number.")
         if self.min_elements < 0:
             raise ValueError(f"min_elements must be 0 or more, got {self.min_elements}. Use 0 to pack everything.")
-        if not isinstance(self.summary, bool):
-            raise TypeError(f"summary must be true or false, got {self.summary!r}.")
+        for name in ("summary", "verbose"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}.")
         if not (self.derive is None or isinstance(self.derive, bool)):
             raise TypeError(f"derive must be true, false or null, got {self.derive!r}.")
         exact: Any = self.exact  # a list from YAML, or what a user mistook for one

@@ -104,6 +104,8 @@ class Adapter:
         self.expected_noise: float | None = None
         #: Bytes that the last measurement's probes have held at most.
         self.probe_bytes = 0
+        #: Whether to store no more bytes than without adaptation: what a batch size has been found to fit with.
+        self.capped = False
         self.sensitivities = Sensitivities()
         self._host = host
         self._config = config
@@ -248,13 +250,14 @@ class Adapter:
         limit_bytes = config.budget_bytes
         if limit_bytes is not None:
             limit_bytes -= self.sizes.fixed_bytes + others
+        default_bytes = sum(use.stored_bytes(use.default) for use in uses.values())
+        if self.capped:
+            limit_bytes = default_bytes if limit_bytes is None else min(limit_bytes, default_bytes)
         if config.noise is not None:
             chosen = fewest_bytes(options, self._allowed_noise(config.noise))
             if limit_bytes is None or sum(choice.stored_bytes for choice in chosen) <= limit_bytes:
                 return chosen
-        if limit_bytes is None:
-            limit_bytes = sum(use.stored_bytes(use.default) for use in uses.values())
-        return least_variance(options, limit_bytes)
+        return least_variance(options, default_bytes if limit_bytes is None else limit_bytes)
 
     def _allowed_noise(self, noise: float) -> float:
         """Allow less than the budget, and less still where more has been measured than predicted."""

@@ -12,9 +12,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ..config import ActMemConfig, given_settings
 from ..engine import ActMemEngine
+from .adaptation import Adaptation
+from .figures import log_figures
 from .metrics import StepMetrics
 from .shadow import CompressedTrainingStep
-from .summary import show_summary, wants_summary
+from .summary import TITLE, changes_text, render, show, summarize, wants_summary
 
 # What a callback or strategy takes for `config`. In this order jsonargparse hands over what was written, no more:
 # with ActMemConfig before Mapping, a value that it refuses would come back as text and be taken for a file name.
@@ -47,9 +49,10 @@ class ActMem(Callback):
         adapt: Whether the bits of every site follow from what its rounding does to the gradient.
         noise: Variance that rounding may add to the gradient, relative to the minibatch gradient's own.
         budget: Activation bytes to store at most (``"4GiB"``).
-        adapt_every: Training steps between two adaptations; 0: once an epoch.
+        adapt_every: Training batches between two adaptations; 0: once an epoch.
         method: ``"actmem"``, ``"actnn"`` or ``"gact"``.
         summary: Print the per-layer table after the first training step.
+        verbose: Print at every adaptation what changes and why, and the table again.
         **fields: No others; a misspelled one is refused with the right name.
 
     Raises:
@@ -84,6 +87,7 @@ class ActMem(Callback):
         adapt_every: int | None = None,
         method: str | None = None,
         summary: bool | None = None,
+        verbose: bool | None = None,
         **fields: Any,
     ) -> None:
         self.given = given_settings(
@@ -107,12 +111,14 @@ class ActMem(Callback):
             adapt_every=adapt_every,
             method=method,
             summary=summary,
+            verbose=verbose,
             **fields,
         )
         self.engine = ActMemEngine(self.given)
+        self.adaptation = Adaptation()
         self._compressed: CompressedTrainingStep | None = None
         self._metrics: StepMetrics | None = None
-        self._summary_due = False
+        self._title = ""
 
     @property
     def state_key(self) -> str:
@@ -138,9 +144,28 @@ class ActMem(Callback):
         self.engine.rank = trainer.global_rank
         if stage == "fit":
             self._stop()
+            if any(map(_finds_batch_size, callbacks)):
+                # The trials run without callbacks, so with the plan of now: the default.
+                self.engine.plan = {}
+                self.adaptation.capped = True
             self._compressed = CompressedTrainingStep(trainer.strategy, self.engine)
             self._metrics = None if trainer.barebones else StepMetrics(self.engine)
-            self._summary_due = self.engine.config.summary and wants_summary(trainer)
+            self._title = TITLE if self.engine.config.summary and wants_summary(trainer) else ""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Adapt the bits if it is time to."""
+        if self._compressed is None:
+            return
+        record = self.adaptation.start_batch(trainer, self.engine, batch, batch_idx)
+        if record is None:
+            return
+        if self._metrics is not None:
+            self._metrics.keep(record.metrics())
+            log_figures(trainer, self.adaptation.history)
+        if self.engine.config.verbose and wants_summary(trainer):
+            show(trainer, changes_text(record))
+            if record.changes:
+                self._title = f"ActMem: what a training step has stored since step {record.step}"
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -148,9 +173,9 @@ class ActMem(Callback):
         """Log the step's figures, and show the table after the first step."""
         if self._metrics is not None:
             self._metrics.log_step(trainer, pl_module)
-        if self._summary_due and self.engine.ledger.sites:
-            self._summary_due = False
-            show_summary(trainer, self.engine.report())
+        if self._title and self.engine.ledger.sites:
+            show(trainer, render(summarize(self.engine.report(), self._title)))
+            self._title = ""
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch's figures."""
@@ -169,12 +194,14 @@ class ActMem(Callback):
     # through `functools.wraps` for that. `setup` has the better rule and message: equal settings are harmless.
     @functools.wraps(Callback.state_dict, assigned=(), updated=())
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """Return the engine's state: plain numbers, loadable with ``weights_only=True``."""
-        return self.engine.state_dict()
+        """Return the engine's state and the adaptation's: plain numbers, loadable with ``weights_only=True``."""
+        return {**self.engine.state_dict(), "adaptation": self.adaptation.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the state was taken."""
         self.engine.load_state_dict(state_dict)
+        if "adaptation" in state_dict:
+            self.adaptation.load_state_dict(state_dict["adaptation"])
 
     def _share(self, partner: ActMem | None) -> None:
         """Use one engine together with the strategy: its settings where nothing is given here."""
@@ -200,7 +227,7 @@ class ActMem(Callback):
             self._compressed.remove()
         self._compressed = None
         self._metrics = None
-        self._summary_due = False
+        self._title = ""
 
     def _release(self) -> None:
         self._stop()
@@ -208,3 +235,8 @@ class ActMem(Callback):
         # Lightning hands every callback the model's bound `log` and `log_dict`, and with them the model.
         for name in ("log", "log_dict"):
             vars(self).pop(name, None)
+
+
+def _finds_batch_size(callback: Callback) -> bool:
+    """Whether this is a batch-size finder, Lightning's or another, under whatever package name."""
+    return any(parent.__name__.endswith("BatchSizeFinder") for parent in type(callback).__mro__)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -29,6 +31,11 @@ class StepMetrics:
         self._step = engine.step
         self._steps = 0
         self._sums: dict[str, float] = {}
+        self._kept: dict[str, float] = {}
+
+    def keep(self, figures: Mapping[str, float]) -> None:
+        """Take an adaptation's figures; they are logged once, with the next step that Lightning writes."""
+        self._kept = dict(figures)
 
     def log_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the last step's figures; call it in ``on_train_batch_end``.
@@ -51,12 +58,16 @@ class StepMetrics:
                     prog_bar=name == PROGRESS_BAR_METRIC,
                     batch_size=1,
                 )
+        if self._kept and trainer._logger_connector.should_update_logs:
+            self._log_kept(pl_module, on_step=True)
 
     def log_epoch(self, pl_module: LightningModule) -> None:
         """Log the means over the epoch's steps; call it in ``on_train_epoch_end``.
 
         They start again here and not at the epoch's start, which a run resumed in the middle of one does not see.
         """
+        if self._kept:
+            self._log_kept(pl_module, on_step=False)
         steps, self._steps = self._steps, 0
         sums, self._sums = self._sums, {}
         for name, total in sums.items():
@@ -70,6 +81,17 @@ class StepMetrics:
                 sync_dist=True,
                 rank_zero_only=True,
             )
+
+    def _log_kept(self, pl_module: LightningModule, *, on_step: bool) -> None:
+        kept, self._kept = self._kept, {}
+        pl_module.log_dict(
+            {name: _exact(figure) for name, figure in kept.items()},
+            on_step=on_step,
+            on_epoch=not on_step,
+            batch_size=1,
+            sync_dist=not on_step,
+            rank_zero_only=not on_step,
+        )
 
 
 def _exact(figure: float) -> Tensor:

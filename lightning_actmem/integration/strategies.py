@@ -64,9 +64,10 @@ class ActMemStrategy(_ActMemMixin, SingleDeviceStrategy):
         adapt: Whether the bits of every site follow from what its rounding does to the gradient.
         noise: Variance that rounding may add to the gradient, relative to the minibatch gradient's own.
         budget: Activation bytes to store at most (``"4GiB"``).
-        adapt_every: Training steps between two adaptations; 0: once an epoch.
+        adapt_every: Training batches between two adaptations; 0: once an epoch.
         method: ``"actmem"``, ``"actnn"`` or ``"gact"``.
         summary: Print the per-layer table after the first training step.
+        verbose: Print at every adaptation what changes and why, and the table again.
         device: The device; ``None`` takes it from the Trainer.
         accelerator: As for Lightning's strategies.
         checkpoint_io: As for Lightning's strategies.
@@ -109,6 +110,7 @@ class ActMemStrategy(_ActMemMixin, SingleDeviceStrategy):
         adapt_every: int | None = None,
         method: str | None = None,
         summary: bool | None = None,
+        verbose: bool | None = None,
         device: torch.device | str | int | None = None,
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
@@ -142,6 +144,7 @@ class ActMemStrategy(_ActMemMixin, SingleDeviceStrategy):
             adapt_every=adapt_every,
             method=method,
             summary=summary,
+            verbose=verbose,
             **fields,
         )
         # Lightning's connector sets these four on a strategy that has them, and on no other: a strategy chosen by
@@ -217,9 +220,10 @@ class ActMemDDPStrategy(_ActMemMixin, DDPStrategy):
         adapt: Whether the bits of every site follow from what its rounding does to the gradient.
         noise: Variance that rounding may add to the gradient, relative to the minibatch gradient's own.
         budget: Activation bytes to store at most (``"4GiB"``).
-        adapt_every: Training steps between two adaptations; 0: once an epoch.
+        adapt_every: Training batches between two adaptations; 0: once an epoch.
         method: ``"actmem"``, ``"actnn"`` or ``"gact"``.
         summary: Print the per-layer table after the first training step.
+        verbose: Print at every adaptation what changes and why, and the table again.
         **ddp_arguments: Those of Lightning's ``DDPStrategy``.
 
     Raises:
@@ -252,6 +256,7 @@ class ActMemDDPStrategy(_ActMemMixin, DDPStrategy):
         adapt_every: int | None = None,
         method: str | None = None,
         summary: bool | None = None,
+        verbose: bool | None = None,
         **ddp_arguments: Any,
     ) -> None:
         super().__init__(**ddp_arguments)
@@ -276,6 +281,7 @@ class ActMemDDPStrategy(_ActMemMixin, DDPStrategy):
             adapt_every=adapt_every,
             method=method,
             summary=summary,
+            verbose=verbose,
         )
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The per-layer table of what the first training step has stored: with rich where it is installed, else plain."""
+"""The per-layer table of what a training step has stored: with rich where it is installed, else plain."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelSummary
 from ..memory import human_bytes as human_bytes
 from ..report import LayerRow, StepReport
 from ..saved.ledger import BORROWED
+from .history import Record
 
 TITLE = "ActMem: what the first training step has stored for its backward pass"
 MAX_ROWS = 20
@@ -29,12 +30,14 @@ class Summary:
     """The table as text.
 
     Args:
+        title: What it is.
         header: Column names.
         layers: Rows by layer, the layers with the most bytes first; the last one stands for all that are cut.
         totals: Rows by kind.
         notes: Lines below the table.
     """
 
+    title: str
     header: Cells
     layers: tuple[Cells, ...]
     totals: tuple[Cells, ...]
@@ -50,9 +53,8 @@ def wants_summary(trainer: Trainer) -> bool:
     )
 
 
-def show_summary(trainer: Trainer, report: StepReport) -> None:
-    """Print the table without breaking a progress bar."""
-    text = render(summarize(report))
+def show(trainer: Trainer, text: str) -> None:
+    """Print without breaking a progress bar."""
     bar = trainer.progress_bar_callback
     if bar is None:
         print(text)
@@ -60,11 +62,33 @@ def show_summary(trainer: Trainer, report: StepReport) -> None:
         bar.print(text)
 
 
-def summarize(report: StepReport, max_rows: int = MAX_ROWS) -> Summary:
+def changes_text(record: Record, max_rows: int = MAX_ROWS) -> str:
+    """Return in words what an adaptation has found and changed.
+
+    Args:
+        record: The adaptation.
+        max_rows: Sites to name before the rest is only counted.
+
+    Returns:
+        One line for the noise, and one for every site that is stored in another way from now on.
+    """
+    lines = [
+        f"ActMem: bits at step {record.step}, epoch {record.epoch}: noise {record.noise:.3g} (predicted "
+        f"{record.predicted_noise:.3g}), from now on {record.planned_noise:.3g}; "
+        f"{len(record.changes)} of the sites change"
+    ]
+    lines += [f"  {change}" for change in record.changes[:max_rows]]
+    if len(record.changes) > max_rows:
+        lines.append(f"  ... {len(record.changes) - max_rows} more")
+    return "\n".join(lines)
+
+
+def summarize(report: StepReport, title: str = TITLE, max_rows: int = MAX_ROWS) -> Summary:
     """Arrange a step's figures.
 
     Args:
         report: The step's report.
+        title: What it is the report of.
         max_rows: Rows to show before the smaller layers are summed up in one.
 
     Returns:
@@ -77,7 +101,7 @@ def summarize(report: StepReport, max_rows: int = MAX_ROWS) -> Summary:
     cells = [_layer_cells(row) for row in shown]
     if layers:
         cells.append(_rest_cells(layers))
-    return Summary(_HEADER, tuple(cells), tuple(_total_cells(report)), tuple(_notes(report)))
+    return Summary(title, _HEADER, tuple(cells), tuple(_total_cells(report)), tuple(_notes(report)))
 
 
 def render(summary: Summary) -> str:
@@ -94,7 +118,7 @@ def render_plain(summary: Summary) -> str:
     rows = [summary.header, *summary.layers, *summary.totals]
     widths = [max(len(row[column]) for row in rows) for column in range(len(summary.header))]
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    lines = [TITLE, _plain_line(summary.header, widths), rule]
+    lines = [summary.title, _plain_line(summary.header, widths), rule]
     lines += [_plain_line(row, widths) for row in summary.layers]
     lines += [rule, *(_plain_line(row, widths) for row in summary.totals), *summary.notes]
     return "\n".join(lines)
@@ -161,7 +185,7 @@ def _render_rich(summary: Summary) -> str:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=TITLE, title_justify="left", header_style="bold magenta")
+    table = Table(title=summary.title, title_justify="left", header_style="bold magenta")
     for column, name in enumerate(summary.header):
         table.add_column(name, justify="left" if column < _LEFT_ALIGNED else "right", no_wrap=column >= _LEFT_ALIGNED)
     for section in (summary.layers, summary.totals):

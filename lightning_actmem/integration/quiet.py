@@ -1,0 +1,168 @@
+"""A training step that leaves no trace: its loss and its graph are wanted, and nothing else of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+
+# What every module has of its own: parameters, submodules, hooks. A training step does not exchange these.
+_OWN_TABLES = frozenset(vars(nn.Module()))
+
+
+class NoLossError(Exception):
+    """A ``training_step`` gave no loss: it returned ``None``, or optimised by hand without ``manual_backward``."""
+
+
+class _LossFound(BaseException):
+    """Ends a ``training_step`` at its first ``manual_backward``; passes a user's ``except Exception``."""
+
+
+@contextmanager
+def quiet(trainer: Trainer) -> Iterator[None]:
+    """Keep what training steps inside this context do away from the rest of the run.
+
+    Restored or held back: the global random states (Python, NumPy, PyTorch, devices), ``.grad``, loggers, steps of
+    optimizers and schedulers, and buffers: the module has copies of them inside, so that the originals stay what they
+    were, to the bit, and so does the version counter that autograd looks at.
+
+    Args:
+        trainer: The trainer, in ``fit``.
+    """
+    module = trainer.lightning_module
+    with _own_buffers(module), ExitStack() as stack:
+        _restore_random_states(trainer.strategy.root_device, stack)
+        for parameter in module.parameters():
+            stack.callback(setattr, parameter, "grad", parameter.grad)
+            parameter.grad = None  # a manual `zero_grad` would clear what has been accumulated
+        stack.callback(setattr, trainer, "loggers", trainer.loggers)
+        trainer.loggers = [DummyLogger() for _ in trainer.loggers]
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        for target in (*trainer.optimizers, *schedulers):
+            _shadow(stack, target, step=_nothing)
+        _shadow(stack, trainer.strategy, optimizer_step=_nothing)
+        yield
+
+
+def quiet_loss(trainer: Trainer, batch: Any, batch_idx: int) -> Tensor:
+    """Run ``training_step`` on a batch and return its loss; call it inside `quiet`.
+
+    It runs as in training, under the precision plugin's autocast, but on the module itself: no reducer of DDP hears of
+    it. Under manual optimisation it ends at the first ``manual_backward``, whose argument is the loss. Nothing is
+    logged. Metric states, plain lists, dicts and sets, and all other attributes of every submodule are afterwards what
+    they were; nothing of them keeps the graph alive. Out of reach: what the step modifies in place in other tensors
+    and objects, and what lies outside the module.
+
+    Args:
+        trainer: The trainer, in ``fit``.
+        batch: The batch, on the device.
+        batch_idx: Its number, as ``training_step`` gets it.
+
+    Returns:
+        The loss, with its graph.
+
+    Raises:
+        NoLossError: If the step gives none.
+    """
+    module = trainer.lightning_module
+    arguments = [batch]
+    if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
+        arguments.append(batch_idx)
+    found: list[Tensor] = []
+
+    def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        found.append(loss)
+        raise _LossFound
+
+    with _own_attributes(module), ExitStack() as stack:
+        _shadow(stack, module, log=_nothing, log_dict=_nothing, manual_backward=manual_backward)
+        with trainer.strategy.precision_plugin.train_step_context():
+            try:
+                output = module.training_step(*arguments)
+            except _LossFound:
+                return found[0]
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor) or not loss.requires_grad:
+        raise NoLossError("training_step gave no loss to differentiate")
+    return loss
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _shadow(stack: ExitStack, target: Any, **methods: Callable[..., Any]) -> None:
+    """Put methods of an instance in front of its class's, until the stack unwinds."""
+    own = vars(target)
+    for name, method in methods.items():
+        if name in own:
+            stack.callback(own.__setitem__, name, own[name])
+        else:
+            stack.callback(own.pop, name, None)
+        own[name] = method
+
+
+def _restore_random_states(device: torch.device, stack: ExitStack) -> None:
+    """Restore the global random states of Python, NumPy, the CPU and the devices when the stack unwinds."""
+    stack.callback(_set_rng_states, _collect_rng_states(include_cuda=device.type == "cuda"))
+    if device.type not in ("cpu", "cuda"):
+        backend = torch.get_device_module(device)
+        stack.callback(backend.set_rng_state, backend.get_rng_state())
+
+
+@contextmanager
+def _own_buffers(root: nn.Module) -> Iterator[None]:
+    """Give every submodule copies of its buffers, and take them away at the end."""
+    copies: dict[int, Any] = {}
+    with ExitStack() as stack:
+        for module in root.modules():
+            stack.callback(_put_back, module._buffers, dict(module._buffers))
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = _copy(buffer, copies)
+        yield
+
+
+@contextmanager
+def _own_attributes(root: nn.Module) -> Iterator[None]:
+    """Give every submodule copies of its metric states and plain containers, and take them away at the end."""
+    copies: dict[int, Any] = {}
+    with ExitStack() as stack:
+        for parameter in root.parameters():  # `toggle_optimizer` changes it
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
+        for module in root.modules():
+            stack.callback(_put_back, vars(module), dict(vars(module)))
+            states = getattr(module, "_defaults", ())  # those of torchmetrics
+            for name, value in list(vars(module).items()):
+                if name in states or (name not in _OWN_TABLES and not isinstance(value, Tensor)):
+                    vars(module)[name] = _copy(value, copies)
+        yield
+
+
+def _put_back(table: dict[str, Any], before: dict[str, Any]) -> None:
+    """Give a table its former entries."""
+    for name in table.keys() - before.keys():
+        del table[name]
+    table.update(before)
+
+
+def _copy(value: Any, copies: dict[int, Any]) -> Any:
+    """Return one and the same copy of a tensor, generator or plain container wherever it is met."""
+    if isinstance(value, Tensor):
+        made: Any = copies.get(id(value))
+        made = value.detach().clone() if made is None else made
+    elif isinstance(value, torch.Generator):
+        made = copies.get(id(value)) or value.clone_state()
+    elif type(value) in (list, dict, set):
+        made = copies.get(id(value))
+        made = value.copy() if made is None else made
+    else:
+        return value
+    copies[id(value)] = made
+    return made
