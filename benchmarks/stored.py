@@ -94,27 +94,41 @@ MODELS = {
 }
 
 
-def ratio(model: nn.Module, inputs: Any, step: Step, autocast: bool, config: dict[str, Any]) -> tuple[int, float]:
-    """Return the bytes of plain autograd, and how many times fewer are stored."""
+def bytes_by_kind(
+    model: nn.Module, inputs: Any, step: Step, autocast: bool, config: dict[str, Any]
+) -> dict[str, tuple[int, int]]:
+    """Return the bytes of plain autograd and the bytes stored instead, by kind of tensor."""
     engine = ActMemEngine(config)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast), engine.compress(model, inputs=inputs):
         step()
-    counted = [pair for kind, pair in engine.report().bytes_by_kind.items() if kind not in NOT_COUNTED]
+    return engine.report().bytes_by_kind
+
+
+def ratio(kinds: dict[str, tuple[int, int]]) -> tuple[int, float]:
+    """Return the bytes of plain autograd, and how many times fewer are stored."""
+    counted = [pair for kind, pair in kinds.items() if kind not in NOT_COUNTED]
     raw_bytes, saved_bytes = (sum(column) for column in zip(*counted, strict=True))
     return raw_bytes, raw_bytes / saved_bytes
+
+
+def mebibytes(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.3g}"
 
 
 def main() -> None:
     """Print the table."""
     torch.manual_seed(0)
-    print("| model | plain, MiB | " + " | ".join(CONFIGURATIONS) + " |")
-    print("|---" * (2 + len(CONFIGURATIONS)) + "|")
+    print("| model | weights, MiB | loss, MiB | plain, MiB | " + " | ".join(CONFIGURATIONS) + " |")
+    print("|---" * (4 + len(CONFIGURATIONS)) + "|")
     for name, build in MODELS.items():
         model, inputs, step = build()
+        weights = mebibytes(sum(parameter.nbytes for parameter in model.parameters()))
         for autocast in (False, True):
-            cells = [ratio(model, inputs, step, autocast, config) for config in CONFIGURATIONS.values()]
-            figures = " | ".join(f"{times:.1f}x" for _, times in cells)
-            print(f"| {name}, {'bf16' if autocast else 'fp32'} | {cells[0][0] / 2**20:.1f} | {figures} |", flush=True)
+            found = [bytes_by_kind(model, inputs, step, autocast, config) for config in CONFIGURATIONS.values()]
+            loss, plain = found[0].get("loss", (0, 0))[0], ratio(found[0])[0]
+            figures = " | ".join(f"{ratio(kinds)[1]:.1f}x" for kinds in found)
+            label = f"{name}, {'bf16' if autocast else 'fp32'}"
+            print(f"| {label} | {weights} | {mebibytes(loss)} | {mebibytes(plain)} | {figures} |", flush=True)
 
 
 if __name__ == "__main__":
