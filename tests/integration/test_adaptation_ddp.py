@@ -21,6 +21,8 @@ SAMPLES = 16
 NOISE = 0.05
 
 pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.own_process,
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed"),
     pytest.mark.filterwarnings("ignore:ActMem. the gradient noise is"),
 ]

@@ -422,6 +422,7 @@ class TellingNet(SizedNet):
         Path(self.folder, f"rank{self.global_rank}.json").write_text(json.dumps([self.batch_size, self.sizes[-1]]))
 
 
+@pytest.mark.own_process
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
 def test_all_processes_take_the_batch_of_the_one_with_the_least_memory(tmp_path):
     model = TellingNet(tmp_path)

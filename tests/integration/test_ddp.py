@@ -19,7 +19,10 @@ from tests.integration.support import PACK_ALL, Net, assert_bit_equal, fit, hook
 PROCESSES = 2
 STEPS = 5
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
+pytestmark = [
+    pytest.mark.own_process,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed"),
+]
 
 
 class TellingNet(Net):
