@@ -106,6 +106,7 @@ def test_zeros_are_exact_in_every_rounding_and_have_no_sign():
         assert torch.equal(back.view(torch.int32), torch.zeros(300, dtype=torch.int32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounding", ["dither", "stochastic"])
 @pytest.mark.parametrize("bits", [2, 4])
 def test_unbiased_with_the_variance_of_theory(bits, rounding):

@@ -73,6 +73,7 @@ def test_any_range(low, span, bits):
     _assert_sound(torch.linspace(low, high, 64), CodecSpec("fixed", bits, 32, low=low, high=high))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounding", ["dither", "stochastic"])
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_unbiased_with_the_variance_of_the_theory(bits, rounding):

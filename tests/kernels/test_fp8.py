@@ -118,6 +118,7 @@ def test_the_scale_is_the_smallest_power_of_two_that_reaches_the_maximum(largest
     assert top * scale / 2 < largest <= top * scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", FORMATS)
 def test_unbiased_with_the_variance_of_theory(codec):
     """Over keys: the mean is x and the variance step^2 f(1 - f), with the step of each value's own binade."""

@@ -66,6 +66,7 @@ def test_error_of_every_group_size(group_size):
         assert _round_trip(x, spec).dtype == dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("centre", [False, True])
 @pytest.mark.parametrize("bits", BITS)
 def test_unbiased(bits, centre):
