@@ -28,6 +28,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return max(accumulate(nbytes for _, nbytes in changes), default=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "resnet"])
 def test_an_adaptation_stays_below_a_training_step(name: str) -> None:
     """A ResNet's parts are quarters, for the sake of its batch statistics; an MLP's are eighths."""

@@ -102,6 +102,7 @@ def test_a_site_by_itself_has_the_error_that_training_has() -> None:
         assert sum(probed) == pytest.approx(sum(trained), rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("name", ["resnet", "gpt2", "bert with dropout"])
 def test_sites_add_up_to_the_whole(name: str, bits: int) -> None:

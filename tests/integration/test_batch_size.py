@@ -129,6 +129,7 @@ def test_finds_nearly_the_largest_batch_in_few_trials(build, settings):
         assert measured_peak(build(), int(found / LARGE_SHARE) + 1, **settings) > budget
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [None, 4, 2])
 @pytest.mark.parametrize(("build", "small"), [(Mlp, 512), (Convolutions, 256), (Attention, 512), (SizedNet, 512)])
 def test_predicted_peak_is_within_five_percent_of_the_measured_one(build, small, bits):
@@ -260,6 +261,7 @@ def test_an_error_in_a_trial_is_no_lack_of_memory():
     assert is_untouched(trainer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wording", ["HIP out of memory", "could not create a primitive", "std::bad_alloc"])
 def test_memory_that_runs_out_in_a_trial(wording):
     """The error comes below the budget; the batch that is found is one that ran."""
@@ -422,6 +424,7 @@ class TellingNet(SizedNet):
         Path(self.folder, f"rank{self.global_rank}.json").write_text(json.dumps([self.batch_size, self.sizes[-1]]))
 
 
+@pytest.mark.slow
 @pytest.mark.own_process
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
 def test_all_processes_take_the_batch_of_the_one_with_the_least_memory(tmp_path):

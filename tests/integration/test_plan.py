@@ -42,6 +42,7 @@ class Relu(Mlp):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [Mlp, Relu])
 def test_predicted_stored_bytes_are_those_of_the_ledger(build):
     made = plan(build(), bits=(8, 4, 2), trace=(64, 128))
@@ -57,6 +58,7 @@ def test_predicted_stored_bytes_are_those_of_the_ledger(build):
         assert sum(layer.saved_bytes[f"{bits} bits"] for layer in made.layers) == report.stored_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [Mlp, Relu])
 def test_predicted_peaks_are_those_of_a_plan_made_from_the_batch_itself(build):
     """From batches a quarter and half as large."""
