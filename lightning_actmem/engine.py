@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -150,11 +150,12 @@ class ActMemEngine:
             raise
         finally:
             self._active = False
-            self._hooks.end_step()
-            if self._method is not None:
-                self._method.end_step()
-            if self.adapter is not None:
-                self.adapter.sizes.end_step(self.ledger)
+            with ExitStack() as ends:  # each runs whatever the others do
+                if self.adapter is not None:
+                    ends.callback(self.adapter.sizes.end_step, self.ledger)
+                if self._method is not None:
+                    ends.callback(self._method.end_step)
+                ends.callback(self._hooks.end_step)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import operation as ops
 from .derived import Derived
-from .handle import Handle
+from .handle import Handle, Packed
 from .probe import ProbePayload
 from .recipe import Autocast, Recipe, Slot, Source
 from .signed import Sign
@@ -66,10 +66,19 @@ def signs_behind(derived: Derived) -> Iterator[tuple[Undecided | ProbePayload, S
             if (undecided := undecided_behind(norm.handles[0])) is not None:
                 yield undecided, None
         return
-    source = getattr(derived.handles[0], "payload", None)
+    source = _whole(derived.handles[0])
     for norm, direct in _norms(source, direct=True):
         if (undecided := undecided_behind(norm.handles[0])) is not None:
             yield undecided, Sign(mask, derived.size, norm.handles[1:], direct)
+
+
+def _whole(handle: Handle) -> Derived | None:
+    """Return what a handle shows unchanged: of a transposed view another element's sign would be taken."""
+    payload = getattr(handle, "payload", None)
+    is_whole = (
+        isinstance(payload, Derived) and isinstance(handle, Packed) and handle.shows(payload.size, payload.stride)
+    )
+    return payload if is_whole else None
 
 
 def _norms(payload: Any, direct: bool) -> Iterator[tuple[Derived, bool]]:
@@ -81,7 +90,7 @@ def _norms(payload: Any, direct: bool) -> Iterator[tuple[Derived, bool]]:
         yield payload, direct
     elif ops.operation_of(function).name == "add":
         for handle in payload.handles:
-            yield from _norms(getattr(handle, "payload", None), direct=False)
+            yield from _norms(_whole(handle), direct=False)
 
 
 def _normalised(

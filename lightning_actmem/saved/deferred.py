@@ -20,13 +20,15 @@ class Deferred:
     Args:
         encode: Encodes it and returns the handle; holds the tensor itself until then.
         charges: Bytes that are alive as long as this handle.
+        held: The bytes that wait.
     """
 
-    __slots__ = ("__weakref__", "_charges", "_encode", "_handle")
+    __slots__ = ("__weakref__", "_charges", "_encode", "_handle", "_held")
 
-    def __init__(self, encode: Callable[[], Handle], charges: tuple[Charge, ...]) -> None:
+    def __init__(self, encode: Callable[[], Handle], charges: tuple[Charge, ...], held: Charge | None = None) -> None:
         self._encode: Callable[[], Handle] | None = encode
         self._charges = charges
+        self._held = held
         self._handle: Handle | None = None
 
     def settle(self) -> Handle:
@@ -34,7 +36,7 @@ class Deferred:
         if self._handle is None:
             assert self._encode is not None, "either the handle is there or the tensor"
             self._handle = self._encode()
-            self._encode = None
+            self._encode = self._held = None
         return self._handle
 
     def restore(self) -> Tensor:
@@ -65,11 +67,15 @@ class Deferrals:
         alive = [entry for entry in self.waiting if entry[0]() is not None]
         excess = len(alive) - _CAPACITY
         self.waiting = []
-        for number, (handle, result) in enumerate(alive):
-            waiting = handle()
-            if waiting is None:
-                continue
-            if everything or number < excess or result() is None:
-                waiting.settle()
-            else:
-                self.waiting.append((handle, result))
+        try:
+            for number, (handle, result) in enumerate(alive):
+                waiting = handle()
+                if waiting is None:
+                    continue
+                if everything or number < excess or result() is None:
+                    waiting.settle()
+                else:
+                    self.waiting.append((handle, result))
+        except BaseException:
+            self.waiting = alive  # those that are encoded already stay as they are
+            raise

@@ -26,7 +26,6 @@ class Derived:
     __slots__ = (
         "__weakref__",
         "_dtype",
-        "_stride",
         "bits",
         "cache",
         "charge",
@@ -36,6 +35,7 @@ class Derived:
         "numel",
         "recipe",
         "size",
+        "stride",
         "uses",
     )
 
@@ -51,7 +51,7 @@ class Derived:
         self.recipe = recipe
         self.handles = handles
         self.size = size
-        self._stride = stride
+        self.stride = stride
         self._dtype = dtype
         self.uses = 0
         self.cache = cache
@@ -79,7 +79,7 @@ class Derived:
         sign = None if self.mask is None else self.mask.restore()
         result = self.recipe.run(tensors) if sign is None else torch.where(sign, tensors[0], 0.0)
         del tensors
-        if result.stride() != self._stride or result.dtype != self._dtype:
-            like = torch.empty_strided(self.size, self._stride, dtype=self._dtype, device=result.device)
+        if result.stride() != self.stride or result.dtype != self._dtype:
+            like = torch.empty_strided(self.size, self.stride, dtype=self._dtype, device=result.device)
             result = like.copy_(result)
         return result.detach().as_strided((self.numel,), (1,), 0)

@@ -28,13 +28,6 @@ _MODIFIED = (
 )
 
 
-def modified(tensor: Tensor, version: int) -> RuntimeError:
-    """Return autograd's error for a saved tensor that is not of that version any more."""
-    return RuntimeError(
-        _MODIFIED.format(type=tensor.type(), shape=list(tensor.shape), now=tensor._version, then=version)
-    )
-
-
 class Kept:
     """A tensor kept by reference, with autograd's check for in-place changes.
 
@@ -77,7 +70,9 @@ class Kept:
         """
         tensor, version = self._tensor, self._version
         if version is not None and tensor._version != version:
-            raise modified(tensor, version)
+            raise RuntimeError(
+                _MODIFIED.format(type=tensor.type(), shape=list(tensor.shape), now=tensor._version, then=version)
+            )
         return tensor
 
     def view(self, geometry: Geometry) -> Kept | None:
@@ -168,6 +163,10 @@ class Packed:
         self._size = size
         self._stride = stride
         self._offset = offset
+
+    def shows(self, size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+        """Whether it is the whole segment in this shape, and not another view of it."""
+        return (tuple(self._size), self._stride, self._offset) == (tuple(size), stride, 0)
 
     def restore(self) -> Tensor:
         """Return the tensor: same dtype, shape, strides and device as the one that was saved."""

@@ -153,7 +153,8 @@ class Identifier:
         if owner is not None:
             return _by_reference(operation, owner, owner)
         if self._declared and (declared := self._declared.get(storage_id)) is not None:
-            return self._of_declared(tensor, operation, declared, frame.layer)
+            found = self._of_declared(tensor, operation, declared, frame.layer)
+            return found._replace(pinned=True) if self._others.find(frame.layer, operation) else found
         role, source = _role(tensor, storage_id, call)
         if not _is_computed(operation, role) and is_weight(tensor):
             return _by_reference(operation, "weight", "weight")
@@ -285,6 +286,8 @@ class Identifier:
         elif tensor.is_leaf:
             return Verdict(operation, role, "input")  # differentiated by the user, who holds it
         kind, least_bits = ("exact", DERIVED_BITS) if codecs.general is None else ("packed", 1)
+        if codecs is not self._codecs:  # asked for: what is stored in fewer bits elsewhere will not do
+            least_bits = min(_bits(codecs.general), DERIVED_BITS)
         verdict = Verdict(operation, role, kind, codecs.general, derivable=True, least_bits=least_bits)
         if operation in ops.RELU:
             return verdict._replace(spec=codecs.relu, is_output=True, bit=_is_on)

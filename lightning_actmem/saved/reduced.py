@@ -36,7 +36,10 @@ def one_bit(operation: str, arguments: tuple[Any, ...], keywords: dict[str, Any]
         The two stand-in values and the bit, or ``None``: another operation, or bounds that are no plain numbers.
     """
     rule = _RULES.get(operation)
-    return None if rule is None else rule(*arguments, **keywords)
+    try:
+        return None if rule is None else rule(*arguments, **keywords)
+    except TypeError:  # an overload with other names
+        return None
 
 
 def is_piecewise(operation: str) -> bool:

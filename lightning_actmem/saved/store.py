@@ -69,9 +69,12 @@ class Store:
 
     def end_step(self) -> None:
         """Let go of everything that belongs to the step; handles live on with autograd's graph."""
-        self.deferred.settle(everything=True)
-        self._waiting.settle()
-        self.shared.clear()
+        try:
+            self.deferred.settle(everything=True)
+            self._waiting.settle()
+        finally:
+            self.deferred.waiting = []  # who is still waiting is encoded when backward asks
+            self.shared.clear()
 
     def share(self, handle: Handle, verdict: Verdict) -> Handle:
         """Book a tensor that is stored already."""
@@ -149,10 +152,11 @@ class Store:
             held = Charge(self._ledger, saved_bytes=tensor.untyped_storage().nbytes())
             self._ledger.record(site, verdict.kind, "exact", declared.raw_bytes, held.saved_bytes, elements)
             return Kept(tensor, charge=held, others=declared.charges)
-        self._ledger.record(site, verdict.kind, _label(spec), declared.raw_bytes, 0, elements)
+        row = self._ledger.record(site, verdict.kind, _label(spec), declared.raw_bytes, 0, elements)
         stream = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
         verdict = verdict._replace(declared=None)  # which holds the result, and so the node that holds the handle
-        handle = Deferred(partial(self._encode_late, tensor, verdict, site, spec, layout, stream), declared.charges)
+        encode = partial(self._encode_late, tensor, verdict, site, row, spec, layout, stream)
+        handle = Deferred(encode, declared.charges, Charge(self._ledger, waiting_bytes=tensor.nbytes))
         if declared.result is None:
             handle.settle()
         else:
@@ -164,6 +168,7 @@ class Store:
         tensor: Tensor,
         verdict: Verdict,
         site: Site,
+        row: SiteBytes,
         spec: CodecSpec,
         layout: Layout,
         stream: torch.cuda.Stream | None,
@@ -176,7 +181,7 @@ class Store:
             if given is not None:
                 return entry.add(Geometry.of(tensor), layout, given)
             payload, saved_bytes = self._payload(site, tensor.dtype, None)(layout.flatten(tensor), spec)
-        self._ledger.sites[site].saved_bytes += saved_bytes
+        row.saved_bytes += saved_bytes
         return entry.add(Geometry.of(tensor), layout, payload)
 
     def raw_charges(self, tensors: Iterable[Tensor]) -> tuple[tuple[Charge, ...], int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_actmem_kernels import CodecSpec, Layout
 
-from .handle import DecodeCache, Handle, Kept, Payload
+from .handle import DecodeCache, Handle, Kept, Packed, Payload
 from .ledger import Charge
 from .probe import ProbePayload
 from .signed import Sign, Signed
@@ -41,12 +41,12 @@ class Undecided:
         "_held",
         "_inner",
         "_kept",
-        "_layout",
         "_settled",
         "_specs",
         "_stream",
         "bits",
         "cache",
+        "layout",
         "numel",
         "uses",
     )
@@ -64,7 +64,7 @@ class Undecided:
         cache: DecodeCache,
     ) -> None:
         self._kept: Kept | None = Kept(tensor)
-        self._layout = layout
+        self.layout = layout
         self._specs = specs
         self._encode = encode
         self._settled = settled
@@ -89,11 +89,11 @@ class Undecided:
         with contextlib.nullcontext() if here else torch.cuda.stream(self._stream), torch.no_grad():
             if sign is None or not here or sign.size != tensor.shape:
                 spec = self._specs[0]
-                self._inner, saved_bytes = self._encode(self._layout.flatten(tensor), spec)
+                self._inner, saved_bytes = self._encode(self.layout.flatten(tensor), spec)
             else:
                 spec = self._specs[1]
-                payload, saved_bytes = self._encode(self._layout.flatten(sign.fold(tensor)), spec)
-                self._inner = Signed(payload, sign, self._layout)
+                payload, saved_bytes = self._encode(self.layout.flatten(sign.fold(tensor)), spec)
+                self._inner = Signed(payload, sign, self.layout)
         self._settled(spec, saved_bytes)
         self._kept = self._held = None
 
@@ -102,7 +102,7 @@ class Undecided:
         self.settle()
         if self._inner is None:
             assert self._kept is not None
-            return self._layout.flatten(self._kept.restore())  # raises: it has been modified
+            return self.layout.flatten(self._kept.restore())  # raises: it has been modified
         return self._inner.decode()
 
 
@@ -132,4 +132,7 @@ class Waiting:
 def undecided_behind(handle: Handle) -> Undecided | ProbePayload | None:
     """Return what a handle's values wait for, if they do."""
     payload = getattr(handle, "payload", None)
-    return payload if isinstance(payload, (Undecided, ProbePayload)) else None
+    if not isinstance(payload, (Undecided, ProbePayload)) or not isinstance(handle, Packed):
+        return None
+    layout = payload.layout
+    return payload if handle.shows(layout.size, layout.stride) else None

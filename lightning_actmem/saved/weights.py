@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import ActMemError
 from .geometry import Geometry, is_plain
-from .handle import EXACT_BITS, modified
+from .handle import EXACT_BITS
 
 _CAST = "ToCopyBackward0"
 VIEWS_AND_CASTS = frozenset(
@@ -42,12 +42,14 @@ def recast(tensor: Tensor) -> Recast | None:
     Returns:
         The handle, or ``None``: no cast, or not of a plain parameter as a whole.
     """
-    found = None if is_parameter(tensor) else _origin(tensor)
-    if found is None:
+    if is_parameter(tensor):
         return None
-    parameter, names = found
     cast = tensor if tensor._base is None else tensor._base
-    if names.count(_CAST) != 1 or names[-1] != _CAST or not is_plain(parameter) or cast.dtype == parameter.dtype:
+    found = _origin(cast)
+    if found is None or found[1] != [_CAST] or cast._version:
+        return None  # copied or moved about in between, or changed since
+    parameter = found[0]
+    if not is_plain(parameter) or cast.dtype == parameter.dtype or cast.device != parameter.device:
         return None
     # Casts keep the strides unless they are told not to, and only of what is dense do they keep the order in memory.
     same = (cast.shape, cast.stride()) == (parameter.shape, parameter.stride())
@@ -82,7 +84,11 @@ class Recast:
         """
         parameter, geometry = self._parameter, self._geometry
         if parameter._version != self._version:
-            raise modified(parameter, self._version)
+            raise RuntimeError(
+                f"a weight of shape {list(parameter.shape)} has been modified by an inplace operation (an optimizer's "
+                "step?) between the forward pass, which cast it, and the backward pass, which casts it again. Call "
+                "backward before the step, or set derive=False to keep what autocast has made of it."
+            )
         if parameter.numel() and not parameter.untyped_storage().nbytes():
             raise ActMemError(
                 "a weight is to be cast again whose memory is not there at the moment (somebody has freed or resharded "

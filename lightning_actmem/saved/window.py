@@ -76,7 +76,10 @@ def window_of(operation: str, arguments: tuple[Any, ...], keywords: dict[str, An
     """
     if operation not in _OPERATIONS or device not in _DEVICES:
         return None
-    return _window(*arguments, **keywords)
+    try:
+        return _window(*arguments, **keywords)
+    except TypeError:  # an overload with other names
+        return None
 
 
 def _window(

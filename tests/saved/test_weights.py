@@ -62,6 +62,31 @@ def test_lossless_training_without_derivation_keeps_what_autograd_keeps() -> Non
     assert torch.equal(torch.autograd.grad(loss, x)[0][0].bfloat16(), expected)
 
 
+def changed(weight: Tensor) -> Tensor:
+    cast = weight.bfloat16()
+    with torch.no_grad():
+        cast.sign_()
+    return cast
+
+
+def test_weights_that_are_transposed_or_binarised_after_the_cast() -> None:
+    weight = nn.Parameter(torch.randn(32, 32))
+    x = torch.randn(8, 32, requires_grad=True)
+    for make in (
+        lambda w: w.bfloat16().t().contiguous(),
+        lambda w: changed(w),
+        lambda w: w.bfloat16().t().reshape(16, 64),
+    ):
+        h = x if make(weight).shape[1] == 32 else x.view(4, 64)
+
+        def step(make=make, h=h) -> Tensor:
+            return F.linear(h.bfloat16(), make(weight)).float().square().sum()
+
+        with ActMemEngine(bits=32, derive=True, min_elements=0).compress():
+            loss = step()
+        assert torch.equal(torch.autograd.grad(loss, x)[0], torch.autograd.grad(step(), x)[0])
+
+
 @pytest.mark.parametrize(
     ("make", "weight", "again"),
     [
