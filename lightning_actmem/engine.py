@@ -229,6 +229,14 @@ class ActMemEngine:
         """
         return step_report(self.ledger, table=table)
 
+    def restart_adapter(self) -> None:
+        """Forget what adaptations have measured, and their plan; does nothing where the bits do not adapt."""
+        if self.adapter is None:
+            return
+        self.adapter = Adapter(self, self.config)
+        self._store.watch = self.adapter.sizes
+        self.plan = {}
+
     def release(self) -> None:
         """Let go of the model of the last step, so that it can be freed while this engine lives on."""
         self._scope.release()

@@ -42,7 +42,7 @@ def measure(trainer: Trainer, engine: ActMemEngine, batch: Any, batch_idx: int, 
     adapter = engine.adapter
     assert adapter is not None, "the engine must adapt"
     module = trainer.lightning_module
-    reason = _refusal(trainer) if adapter.sizes.uses else "nothing has been packed that could have other bits"
+    reason = refusal(trainer) if adapter.sizes.uses else "nothing has been packed that could have other bits"
     parts: Sequence[Any] = ()
     samples = share = 1
     if not reason:
@@ -68,7 +68,7 @@ def measure(trainer: Trainer, engine: ActMemEngine, batch: Any, batch_idx: int, 
     return ""
 
 
-def _refusal(trainer: Trainer) -> str:
+def refusal(trainer: Trainer) -> str:
     """Return why nothing can be measured in this run, or an empty text."""
     module, model = trainer.lightning_module, trainer.strategy.model
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
