@@ -12,7 +12,7 @@ from ..adapt.adapter import Adapter, Change
 from ..engine import ActMemEngine
 from ..errors import ActMemWarning
 from .history import Record, layer_bits
-from .measuring import measure, refusal
+from .measuring import NEGLIGIBLE, measure, refusal
 
 # By then loss and gradients have left the scale of the initial weights, and the batches after it are spared bits that
 # the first look already shows to be wasted or missing.
@@ -25,8 +25,6 @@ MAX_CHECKS = 3
 MAX_TRIES = 3
 CHECK_FACTOR = 1.2  # a measurement of the noise scatters by about as much
 GUARD_FACTOR = 1.5
-# Sites whose tensors are too small for packing in a part of the batch are never measured.
-_NEGLIGIBLE = 0.05
 
 
 class Adaptation:
@@ -170,7 +168,7 @@ def _knows_most(engine: ActMemEngine, adapter: Adapter) -> bool:
         all_bytes += stored_bytes
         if adapter.sensitivities.variance(site, spec) is not None:
             known_bytes += stored_bytes
-    return known_bytes >= (1 - _NEGLIGIBLE) * all_bytes
+    return known_bytes >= (1 - NEGLIGIBLE) * all_bytes
 
 
 def _guard(record: Record) -> None:

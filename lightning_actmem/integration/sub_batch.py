@@ -22,11 +22,13 @@ class Cut(NamedTuple):
             cut.
         samples: Samples in each of them.
         reason: Why it cannot be cut, else empty.
+        total: Samples in the batch.
     """
 
     parts: tuple[Any, ...]
     samples: int = 0
     reason: str = ""
+    total: int = 0
 
 
 def cut(batch: Any, *, count: int, share: int, least: int = 1) -> Cut:
@@ -63,8 +65,8 @@ def cut(batch: Any, *, count: int, share: int, least: int = 1) -> Cut:
     try:
         if columns:
             taken = tuple(tuple(column[part] for column in batch) for part in rows)
-            return Cut(apply_to_collection(taken, Tensor, _own), samples)
-        return Cut(tuple(_take(batch, part, total) for part in rows), samples)
+            return Cut(apply_to_collection(taken, Tensor, _own), samples, total=total)
+        return Cut(tuple(_take(batch, part, total) for part in rows), samples, total=total)
     except Exception as error:  # of whatever class the batch is: training has to go on
         return Cut((), reason=f"a part of a {type(batch).__name__} could not be built ({error})")
 

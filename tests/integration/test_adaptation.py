@@ -294,6 +294,7 @@ def test_checks_come_to_an_end(monkeypatch):
     assert [record.is_check for record in actmem.adaptation.history] == [False, *[True] * MAX_CHECKS]
 
 
+@pytest.mark.filterwarnings("ignore:ActMem. budget='1000' asks for at most")
 def test_a_budget_needs_no_check():
     _, actmem = run(batches=20, epochs=1, actmem=ActMem(budget="1000", **PACK_ALL))
     (record,) = actmem.adaptation.history
@@ -497,3 +498,12 @@ def test_a_batch_size_that_is_searched_for_on_resuming_keeps_its_cap():
     other.adaptation.capped = True
     other.load_state_dict(actmem.state_dict())
     assert other.adaptation.capped
+
+
+def test_parts_that_are_too_small_for_packing_are_no_measurement_without_noise():
+    """A part of four samples has a quarter of the elements that are packed in a batch."""
+    actmem = ActMem(noise=NOISE, **PACK_ALL | {"min_elements": SAMPLES * 16})
+    with pytest.warns(ActMemWarning, match=r"only 0% of the stored bytes could be measured on 4 of 32 samples"):
+        run(batches=3, actmem=actmem)
+    assert actmem.adaptation.history == []
+    assert actmem.engine.plan == {}
