@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -95,8 +95,7 @@ class ActMemEngine:
         self._store.keeps_width = self.adapter is not None
         self._hooks = SavedTensorHooks(self._tracker, self._scope, self._store, self._identifier, derive)
         self._stack = HookStack(self._hooks.pack, self._hooks.unpack, self._tracker)
-        self._active = False
-        self._warned = False
+        self._active = self._warned = False
         method = _METHODS[self.config.activations]
         self._method = (
             None
@@ -157,14 +156,12 @@ class ActMemEngine:
                     ends.callback(self._method.end_step)
                 ends.callback(self._hooks.end_step)
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """Leave autograd alone inside this context: for ``torch.func`` transforms and the like.
 
         Does nothing when compression is not active, or is suspended by other hooks (inside a checkpoint).
         """
-        with self._suspended():
-            yield
+        return self._suspended()
 
     @property
     def plan(self) -> Mapping[Site, CodecSpec | None]:
@@ -229,6 +226,13 @@ class ActMemEngine:
         """
         return step_report(self.ledger, table=table)
 
+    def restart_adapter(self) -> None:
+        """Forget what adaptations have measured, and their plan; does nothing where the bits do not adapt."""
+        if self.adapter is not None:
+            self.adapter = Adapter(self, self.config)
+            self._store.watch = self.adapter.sizes
+            self.plan = {}
+
     def release(self) -> None:
         """Let go of the model of the last step, so that it can be freed while this engine lives on."""
         self._scope.release()
@@ -259,12 +263,13 @@ class ActMemEngine:
                 "Update lightning-actmem to the version that wrote the checkpoint, or newer."
             )
         self.step = int(state["step"])
+        measured = state.get("adapter")
         if self._chooser is not None and "codecs" in state:
             self._chooser.load_state_dict(state["codecs"])
-        elif "plan" in state and ("adapter" in state) == (self.adapter is not None):
+        elif "plan" in state and (measured is None if self.adapter is None else self.adapter.suits(measured)):
             self.plan = plan_of(state["plan"])
-        if self.adapter is not None and "adapter" in state:
-            self.adapter.load_state_dict(state["adapter"])
+        if self.adapter is not None and measured is not None:
+            self.adapter.load_state_dict(measured)
 
     def _name_classes(self, classes: dict[str, str]) -> None:
         self._identifier.name_classes(classes)

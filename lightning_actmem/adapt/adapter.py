@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from lightning_actmem_kernels import CodecSpec
 
 from ..config import ActMemConfig
+from ..errors import ActMemWarning
 from ..saved.probe import SiteUse
 from ..saved.site import Site
 from .allocate import Choice, fewest_bytes, least_variance
@@ -30,6 +32,9 @@ Plan = Mapping[Site, CodecSpec | None]
 _VARIANCE_DECAY = 0.7
 # From batch to batch the noise of one plan differs by some 20 %: what a budget allows is to hold for all of them.
 _MARGIN = 0.8
+# Settings that measurements and plans depend on.
+_SETTINGS = ("method", "codec", "bits", "attention_bits", "loss_bits", "group_size", "rounding", "activations")
+_SLACK = 1 + 1e-6  # sums of rounded numbers
 _FIXED_PASSES = 2  # per sub-batch: the exact gradient, and the whole plan at once
 
 
@@ -110,6 +115,7 @@ class Adapter:
         self._host = host
         self._config = config
         self._log_variance = Average()
+        self._warned = False
         laws: dict[str, Law] = {"actmem": Measured(), "actnn": ActNN(), "gact": Gact()}
         self._law = laws[config.method]
 
@@ -152,7 +158,7 @@ class Adapter:
             What was measured, on all ranks.
 
         Raises:
-            ValueError: If there are fewer than two closures, or too few passes.
+            ValueError: If there are fewer than two closures, too few passes, or nothing to measure.
         """
         count = len(closures)
         if count < 2:
@@ -176,6 +182,11 @@ class Adapter:
                 self.sizes.uses = dict(replay.uses)
             choices = {site: self._law.candidates(use, self._config) for site, use in replay.uses.items()}
             plan = {site: spec for site, use in replay.uses.items() if (spec := self._current(site, use)) is not None}
+            if not replay.uses:
+                raise ValueError(
+                    f"closures must save tensors of min_elements={self._config.min_elements} or more, got "
+                    "none that large. Take larger parts of the batch, or lower min_elements."
+                )
             measuring.begin(replay, plan)
             found = self._law.without_replay(replay, choices)
             measuring.add(found)
@@ -203,6 +214,7 @@ class Adapter:
         uses = {site: use for site, use in self.sizes.uses.items() if site in self.sensitivities.averages}
         options = [self._choices(site, use) for site, use in uses.items()]
         chosen = self._chosen(options, uses)
+        self._warn_if_missed(chosen, uses)
         before = self._host.plan
         plan = {site: choice.spec for site, choice in zip(uses, chosen, strict=True)}
         changes = [
@@ -225,6 +237,7 @@ class Adapter:
     def state_dict(self) -> dict[str, Any]:
         """Return the sensitivities and what else has been measured: lists, texts and numbers."""
         return {
+            "settings": self._settings(),
             "count": self.count,
             "sensitivities": self.sensitivities.state(),
             "log_variance": as_list(self._log_variance),
@@ -233,8 +246,14 @@ class Adapter:
             "sizes": self.sizes.state(),
         }
 
+    def suits(self, state: Mapping[str, Any] | None) -> bool:
+        """Return whether a state was made under these settings: else neither it nor its plan holds."""
+        return state is not None and state.get("settings") == self._settings()
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where the state was taken."""
+        """Continue where the state was taken, if it `suits`; else measure afresh."""
+        if not self.suits(state):
+            return
         self.count = int(state["count"])
         self.sensitivities.load(state["sensitivities"])
         self._log_variance = Average(*state["log_variance"])
@@ -244,12 +263,9 @@ class Adapter:
 
     def _chosen(self, options: list[list[Choice]], uses: Mapping[Site, SiteUse]) -> list[Choice]:
         config = self._config
-        others = sum(
-            use.stored_bytes(self._current(site, use)) for site, use in self.sizes.uses.items() if site not in uses
-        )
         limit_bytes = config.budget_bytes
         if limit_bytes is not None:
-            limit_bytes -= self.sizes.fixed_bytes + others
+            limit_bytes -= self._other_bytes(uses)
         default_bytes = sum(use.stored_bytes(use.default) for use in uses.values())
         if self.capped:
             limit_bytes = default_bytes if limit_bytes is None else min(limit_bytes, default_bytes)
@@ -258,6 +274,39 @@ class Adapter:
             if limit_bytes is None or sum(choice.stored_bytes for choice in chosen) <= limit_bytes:
                 return chosen
         return least_variance(options, default_bytes if limit_bytes is None else limit_bytes)
+
+    def _other_bytes(self, uses: Mapping[Site, SiteUse]) -> int:
+        """Return what is stored beside what may be chosen now."""
+        others = (
+            use.stored_bytes(self._current(site, use)) for site, use in self.sizes.uses.items() if site not in uses
+        )
+        return self.sizes.fixed_bytes + sum(others)
+
+    def _warn_if_missed(self, chosen: Sequence[Choice], uses: Mapping[Site, SiteUse]) -> None:
+        """Say once where the fewest bytes are above the budget, or the least noise above what is allowed."""
+        if self._warned or len(uses) < len(self.sizes.uses):
+            return  # what has not been measured yet has its default, and may still shrink
+        budget, allowed = self._config.budget_bytes, self._config.noise
+        stored_bytes = self._other_bytes(uses) + sum(choice.stored_bytes for choice in chosen)
+        noise = sum(choice.variance for choice in chosen)
+        if budget is not None and stored_bytes > budget:
+            missed = (
+                f"budget={self._config.budget!r} asks for at most {budget:,} bytes, and {stored_bytes:,} is the least "
+                f"there is, {self.sizes.fixed_bytes:,} of them outside the choice of codecs. Allow more, take a "
+                "smaller batch, or lower attention_bits and loss_bits"
+            )
+        elif budget is None and allowed is not None and not self.capped and noise > _SLACK * allowed:
+            missed = (
+                f"noise={allowed:g} is asked for, and {noise:.3g} is the least there is with these codecs. Allow more, "
+                'or take codec="auto" and activations="derive"'
+            )
+        else:
+            return
+        self._warned = True
+        warnings.warn(f"ActMem: {missed}. This is said once.", ActMemWarning, stacklevel=3)
+
+    def _settings(self) -> list[Any]:
+        return [getattr(self._config, name) for name in _SETTINGS]
 
     def _allowed_noise(self, noise: float) -> float:
         """Allow less than the budget, and less still where more has been measured than predicted."""

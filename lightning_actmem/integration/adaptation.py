@@ -12,7 +12,7 @@ from ..adapt.adapter import Adapter, Change
 from ..engine import ActMemEngine
 from ..errors import ActMemWarning
 from .history import Record, layer_bits
-from .measuring import measure
+from .measuring import NEGLIGIBLE, measure, refusal
 
 # By then loss and gradients have left the scale of the initial weights, and the batches after it are spared bits that
 # the first look already shows to be wasted or missing.
@@ -21,16 +21,17 @@ MAX_PASSES = 32
 # What two parts of a batch take to compare the whole plan with the exact gradient, and one to spare.
 CHECK_PASSES = 5
 MAX_CHECKS = 3
+# A batch may be an exception (the step skips it, its gradient overflows): then the next one is asked.
+MAX_TRIES = 3
 CHECK_FACTOR = 1.2  # a measurement of the noise scatters by about as much
 GUARD_FACTOR = 1.5
-# Sites whose tensors are too small for packing in a part of the batch are never measured.
-_NEGLIGIBLE = 0.05
 
 
 class Adaptation:
     """Measures on parts of a training batch and sets the plan: once an epoch or every so many batches.
 
-    The first time comes after `FIRST_BATCH` batches, or at the second epoch if that is earlier. Where the noise has a
+    The first time comes after `FIRST_BATCH` batches, or at the second epoch if that is earlier; a batch that cannot be
+    measured leaves it to the next, `MAX_TRIES` in all. Where the noise has a
     limit, a new plan is checked at the next batch, with few passes: if it makes more noise than it was held to, bits
     go up at once. Under several processes each measures on its own batch, what they have measured is joined, and all
     take rank zero's plan.
@@ -41,10 +42,13 @@ class Adaptation:
         self.history: list[Record] = []
         #: Whether a batch size has been searched for: then no plan stores more than the trials have.
         self.capped = False
+        #: Whether batches of a run have been seen since the state was made or loaded.
+        self.has_run = False
         self._batches = 0
         self._last_batch: int | None = None
         self._last_epoch: int | None = None
         self._checks = 0
+        self._failures = 0
         self._warned = False
 
     def start_batch(self, trainer: Trainer, engine: ActMemEngine, batch: Any, batch_idx: int) -> Record | None:
@@ -61,20 +65,21 @@ class Adaptation:
         """
         if engine.adapter is None:
             return None
+        self.has_run = True
         if self._last_epoch is None:
             self._last_epoch = trainer.current_epoch
         number = self._batches
         self._batches += 1
         is_due = self._is_due(number, trainer.current_epoch, engine.config.adapt_every)
-        if is_due:
-            self._last_batch, self._last_epoch = number, trainer.current_epoch
-        elif not self._checks:
+        if not is_due and not self._checks:
             return None
         reason = measure(trainer, engine, batch, batch_idx, MAX_PASSES if is_due else CHECK_PASSES)
         if reason:
-            self._checks = 0
-            self._warn_once(reason)
+            self._fail(trainer, number, is_due, reason)
             return None
+        self._failures = 0
+        if is_due:
+            self._last_batch, self._last_epoch = number, trainer.current_epoch
         record = self._record(trainer, engine, engine.adapter, is_check=not is_due)
         has_limit = engine.config.noise is not None and bool(record.changes)
         self._checks = (MAX_CHECKS if is_due else self._checks - 1) if has_limit else 0
@@ -87,6 +92,7 @@ class Adaptation:
             "last_batch": self._last_batch,
             "last_epoch": self._last_epoch,
             "checks": self._checks,
+            "failures": self._failures,
             "capped": self.capped,
             "history": [record.state() for record in self.history],
         }
@@ -97,13 +103,26 @@ class Adaptation:
         self._last_batch = state["last_batch"]
         self._last_epoch = state["last_epoch"]
         self._checks = state["checks"]
-        self.capped = state["capped"]
+        self._failures = state["failures"]
+        self.capped = self.capped or state["capped"]
+        self.has_run = False
         self.history = [Record.of(record) for record in state["history"]]
 
     def _is_due(self, number: int, epoch: int, every: int) -> bool:
         if self._last_batch is None:
             return number >= min(FIRST_BATCH, every or FIRST_BATCH) or epoch != self._last_epoch
         return number - self._last_batch >= every if every else epoch != self._last_epoch
+
+    def _fail(self, trainer: Trainer, number: int, is_due: bool, reason: str) -> None:
+        """Try again with the next batch, unless several have failed in a row."""
+        if not is_due:
+            self._checks -= 1  # the next batch checks as well
+            return
+        self._checks = 0
+        self._failures += 1
+        if refusal(trainer) or self._failures % MAX_TRIES == 0:
+            self._last_batch, self._last_epoch = number, trainer.current_epoch
+            self._warn_once(reason)
 
     def _record(self, trainer: Trainer, engine: ActMemEngine, adapter: Adapter, is_check: bool) -> Record:
         """Set the plan by what has been measured, and note both."""
@@ -149,7 +168,7 @@ def _knows_most(engine: ActMemEngine, adapter: Adapter) -> bool:
         all_bytes += stored_bytes
         if adapter.sensitivities.variance(site, spec) is not None:
             known_bytes += stored_bytes
-    return known_bytes >= (1 - _NEGLIGIBLE) * all_bytes
+    return known_bytes >= (1 - NEGLIGIBLE) * all_bytes
 
 
 def _guard(record: Record) -> None:

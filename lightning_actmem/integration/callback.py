@@ -144,6 +144,8 @@ class ActMem(Callback):
         self.engine.rank = trainer.global_rank
         if stage == "fit":
             self._stop()
+            if self.adaptation.has_run:
+                self._restart(getattr(trainer.strategy, "actmem", None))
             if any(map(_finds_batch_size, callbacks)):
                 # The trials run without callbacks, so with the plan of now: the default.
                 self.engine.plan = {}
@@ -204,13 +206,22 @@ class ActMem(Callback):
             self.adaptation.load_state_dict(state_dict["adaptation"])
 
     def _share(self, partner: ActMem | None) -> None:
-        """Use one engine together with the strategy: its settings where nothing is given here."""
+        """Use one engine and one adaptation together with the strategy: its settings where nothing is given here."""
         if partner is None or partner is self:
             return
         config = ActMemConfig.load({**partner.given, **self.given})
         if config != self.engine.config:
             self.engine = ActMemEngine(config)
-        partner.engine = self.engine
+        partner.engine, partner.adaptation = self.engine, self.adaptation
+
+    def _restart(self, partner: ActMem | None) -> None:
+        """Adapt afresh: what an earlier run has found holds for its model and data."""
+        capped = self.adaptation.capped  # a batch size that has been found may well be that of this run
+        self.adaptation = Adaptation()
+        self.adaptation.capped = capped
+        self.engine.restart_adapter()
+        if partner is not None:
+            partner.adaptation = self.adaptation
 
     def _follow(self, first: ActMem) -> None:
         """Leave the work to the trainer's first `ActMem`."""
@@ -220,7 +231,7 @@ class ActMem(Callback):
                 f"one Trainer can have one ActMem, got two with different settings: {other} and {mine}. Remove one of "
                 "them, or give both the same settings. To override a strategy's settings one callback is enough."
             )
-        self.engine = first.engine
+        self.engine, self.adaptation = first.engine, first.adaptation
 
     def _stop(self) -> None:
         if self._compressed is not None:

@@ -23,6 +23,8 @@ from .sub_batch import cut
 
 SUB_BATCHES = 2
 MIN_SHARE = 8
+# Sites with less than this share of the stored bytes may be left out of a measurement.
+NEGLIGIBLE = 0.05
 MIN_SHARE_BATCH_NORM = 4  # with fewer samples the batch's own statistics are too far from those of training
 
 
@@ -42,14 +44,15 @@ def measure(trainer: Trainer, engine: ActMemEngine, batch: Any, batch_idx: int, 
     adapter = engine.adapter
     assert adapter is not None, "the engine must adapt"
     module = trainer.lightning_module
-    reason = _refusal(trainer) if adapter.sizes.uses else "nothing has been packed that could have other bits"
+    reason = refusal(trainer) if adapter.sizes.uses else "nothing has been packed that could have other bits"
     parts: Sequence[Any] = ()
     samples = share = 1
     if not reason:
         has_batch_norm = any(isinstance(layer, _BatchNorm) for layer in module.modules())
         share = max(_share(engine, adapter), MIN_SHARE_BATCH_NORM if has_batch_norm else MIN_SHARE)
         # Batch norm refuses a single sample.
-        parts, samples, reason = cut(batch, count=SUB_BATCHES, share=share, least=2 if has_batch_norm else 1)
+        parts, samples, reason, total = cut(batch, count=SUB_BATCHES, share=share, least=2 if has_batch_norm else 1)
+        reason = reason or _too_small(engine, adapter, samples, total)
     if not trainer.strategy.reduce_boolean_decision(not reason, all=True):
         return reason or "another process cannot measure"
     scale = _loss_scale(trainer, share)
@@ -68,7 +71,7 @@ def measure(trainer: Trainer, engine: ActMemEngine, batch: Any, batch_idx: int, 
     return ""
 
 
-def _refusal(trainer: Trainer) -> str:
+def refusal(trainer: Trainer) -> str:
     """Return why nothing can be measured in this run, or an empty text."""
     module, model = trainer.lightning_module, trainer.strategy.model
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
@@ -78,6 +81,23 @@ def _refusal(trainer: Trainer) -> str:
     if not (model is module or isinstance(model, DistributedDataParallel)):
         return f"under {type(trainer.strategy).__name__} the model cannot be run by itself"
     return ""
+
+
+def _too_small(engine: ActMemEngine, adapter: Adapter, samples: int, total: int) -> str:
+    """Return a reason where much of what training packs is too small for that in a part of the batch, else nothing."""
+    least = engine.config.min_elements
+    seen_bytes = all_bytes = 0
+    for site, use in adapter.sizes.uses.items():
+        stored_bytes = use.stored_bytes(engine.plan.get(site, use.default))
+        all_bytes += stored_bytes
+        if max(use.numels) * samples >= least * total:
+            seen_bytes += stored_bytes
+    if seen_bytes >= (1 - NEGLIGIBLE) * all_bytes:
+        return ""
+    return (
+        f"only {seen_bytes / all_bytes:.0%} of the stored bytes could be measured on {samples} of {total} samples, the "
+        f"rest is in tensors of less than min_elements={least} there. Take larger batches, or lower min_elements"
+    )
 
 
 def _share(engine: ActMemEngine, adapter: Adapter) -> int:

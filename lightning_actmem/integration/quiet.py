@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import random
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning_utilities.core.apply_func import is_namedtuple
 from torch import Tensor, nn
 
 # What every module has of its own: parameters, submodules, hooks. A training step does not exchange these.
@@ -30,14 +35,15 @@ def quiet(trainer: Trainer) -> Iterator[None]:
     """Keep what training steps inside this context do away from the rest of the run.
 
     Restored or held back: the global random states (Python, NumPy, PyTorch, devices), ``.grad``, loggers, steps of
-    optimizers and schedulers, and buffers: the module has copies of them inside, so that the originals stay what they
-    were, to the bit, and so does the version counter that autograd looks at.
+    optimizers and schedulers, buffers, and parameters that require no gradient (a momentum encoder's): the module has
+    copies of them inside, so that the originals stay what they were, to the bit, and so does the version counter that
+    autograd looks at.
 
     Args:
         trainer: The trainer, in ``fit``.
     """
     module = trainer.lightning_module
-    with _own_buffers(module), ExitStack() as stack:
+    with _own_buffers(module), _own_frozen(module), ExitStack() as stack:
         _restore_random_states(trainer.strategy.root_device, stack)
         for parameter in module.parameters():
             stack.callback(setattr, parameter, "grad", parameter.grad)
@@ -56,9 +62,9 @@ def quiet_loss(trainer: Trainer, batch: Any, batch_idx: int) -> Tensor:
 
     It runs as in training, under the precision plugin's autocast, but on the module itself: no reducer of DDP hears of
     it. Under manual optimisation it ends at the first ``manual_backward``, whose argument is the loss. Nothing is
-    logged. Metric states, plain lists, dicts and sets, and all other attributes of every submodule are afterwards what
-    they were; nothing of them keeps the graph alive. Out of reach: what the step modifies in place in other tensors
-    and objects, and what lies outside the module.
+    logged. Metric states, tensors, random generators, lists, dicts, sets and deques in any nesting, and all other
+    attributes of every submodule are afterwards what they were; nothing of them keeps the graph alive. Out of reach:
+    what the step modifies in place in other objects, what the user's own hooks do, and what lies outside the module.
 
     Args:
         trainer: The trainer, in ``fit``.
@@ -125,13 +131,33 @@ def _own_buffers(root: nn.Module) -> Iterator[None]:
         for module in root.modules():
             stack.callback(_put_back, module._buffers, dict(module._buffers))
             for name, buffer in module._buffers.items():
-                module._buffers[name] = _copy(buffer, copies)
+                module._buffers[name] = None if buffer is None else _copy_tensor(buffer, copies)
+        yield
+
+
+@contextmanager
+def _own_frozen(root: nn.Module) -> Iterator[None]:
+    """Give every submodule copies of its parameters without gradient, and take them away at the end."""
+    copies: dict[int, nn.Parameter] = {}
+    with ExitStack() as stack:
+        for module in root.modules():
+            if isinstance(module, nn.RNNBase):
+                continue  # runs on a list of its weights; nobody exchanges that
+            stack.callback(_put_back, module._parameters, dict(module._parameters))
+            for name, parameter in module._parameters.items():
+                # Classes of their own hold more than their data (quantised weights), and no step updates them.
+                if type(parameter) is not nn.Parameter or parameter.requires_grad:
+                    continue
+                if id(parameter) not in copies:
+                    stack.callback(parameter.requires_grad_, False)
+                    copies[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                module._parameters[name] = copies[id(parameter)]
         yield
 
 
 @contextmanager
 def _own_attributes(root: nn.Module) -> Iterator[None]:
-    """Give every submodule copies of its metric states and plain containers, and take them away at the end."""
+    """Give every submodule copies of metric states, tensors, generators and containers, and take them away again."""
     copies: dict[int, Any] = {}
     with ExitStack() as stack:
         for parameter in root.parameters():  # `toggle_optimizer` changes it
@@ -140,7 +166,9 @@ def _own_attributes(root: nn.Module) -> Iterator[None]:
             stack.callback(_put_back, vars(module), dict(vars(module)))
             states = getattr(module, "_defaults", ())  # those of torchmetrics
             for name, value in list(vars(module).items()):
-                if name in states or (name not in _OWN_TABLES and not isinstance(value, Tensor)):
+                if name in states and isinstance(value, Tensor):
+                    vars(module)[name] = _copy_tensor(value, copies)
+                elif name not in _OWN_TABLES:
                     vars(module)[name] = _copy(value, copies)
         yield
 
@@ -152,17 +180,46 @@ def _put_back(table: dict[str, Any], before: dict[str, Any]) -> None:
     table.update(before)
 
 
+def _copy_tensor(tensor: Tensor, copies: dict[int, Any]) -> Tensor:
+    """Return one and the same copy of a tensor wherever it is met, without its graph."""
+    if id(tensor) not in copies:
+        copies[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.is_leaf and tensor.requires_grad)
+    made: Tensor = copies[id(tensor)]
+    return made
+
+
 def _copy(value: Any, copies: dict[int, Any]) -> Any:
-    """Return one and the same copy of a tensor, generator or plain container wherever it is met."""
+    """Return one and the same copy of a tensor, generator or container, and of what it holds, wherever it is met."""
+    if id(value) in copies:
+        return copies[id(value)]
     if isinstance(value, Tensor):
-        made: Any = copies.get(id(value))
-        made = value.detach().clone() if made is None else made
-    elif isinstance(value, torch.Generator):
-        made = copies.get(id(value)) or value.clone_state()
-    elif type(value) in (list, dict, set):
-        made = copies.get(id(value))
-        made = value.copy() if made is None else made
-    else:
+        has_own_data = value.grad_fn is None and not isinstance(value, nn.Parameter)
+        return _copy_tensor(value, copies) if has_own_data else value
+    if isinstance(value, torch.Generator):
+        copies[id(value)] = value.clone_state()
+    elif isinstance(value, (random.Random, np.random.Generator, np.random.RandomState)):
+        copies[id(value)] = copy.deepcopy(value)
+    elif isinstance(value, (list, dict, set, deque)):
+        return _copy_container(value, copies)
+    elif type(value) is tuple or is_namedtuple(value):
+        parts = [_copy(part, copies) for part in value]
+        copies[id(value)] = type(value)(*parts) if is_namedtuple(value) else tuple(parts)
+    return copies.get(id(value), value)
+
+
+def _copy_container(value: Any, copies: dict[int, Any]) -> Any:
+    try:
+        made = copy.copy(value)
+    except Exception:  # of whatever class it is: then it stays
         return value
-    copies[id(value)] = made
+    copies[id(value)] = made  # before its contents, which may refer to it
+    if isinstance(made, dict):
+        for key, part in list(made.items()):
+            dict.__setitem__(made, key, _copy(part, copies))
+    elif isinstance(made, list):
+        made[:] = [_copy(part, copies) for part in made]
+    elif isinstance(made, deque):
+        parts = [_copy(part, copies) for part in made]
+        made.clear()
+        made.extend(parts)
     return made

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
-from lightning_utilities.core.apply_func import is_dataclass_instance, is_namedtuple
+from lightning_utilities.core.apply_func import apply_to_collection, is_dataclass_instance, is_namedtuple
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -18,14 +18,17 @@ class Cut(NamedTuple):
     """What came of cutting a batch.
 
     Args:
-        parts: The sub-batches; views of the batch wherever it holds tensors. Empty if it cannot be cut.
+        parts: The sub-batches, with tensors of their own: a step may change its batch in place. Empty if it cannot be
+            cut.
         samples: Samples in each of them.
         reason: Why it cannot be cut, else empty.
+        total: Samples in the batch.
     """
 
     parts: tuple[Any, ...]
     samples: int = 0
     reason: str = ""
+    total: int = 0
 
 
 def cut(batch: Any, *, count: int, share: int, least: int = 1) -> Cut:
@@ -59,10 +62,11 @@ def cut(batch: Any, *, count: int, share: int, least: int = 1) -> Cut:
     if samples < 1:
         return Cut((), reason=f"it has {total} samples, fewer than the {count} parts that are wanted")
     rows = [slice(start, start + samples) for start in range(0, count * samples, samples)]
-    if columns:
-        return Cut(tuple(tuple(column[part] for column in batch) for part in rows), samples)
     try:
-        return Cut(tuple(_take(batch, part, total) for part in rows), samples)
+        if columns:
+            taken = tuple(tuple(column[part] for column in batch) for part in rows)
+            return Cut(apply_to_collection(taken, Tensor, _own), samples, total=total)
+        return Cut(tuple(_take(batch, part, total) for part in rows), samples, total=total)
     except Exception as error:  # of whatever class the batch is: training has to go on
         return Cut((), reason=f"a part of a {type(batch).__name__} could not be built ({error})")
 
@@ -106,7 +110,7 @@ def _take(batch: Any, rows: slice, total: int) -> Any:
     if _is_graphs(batch):
         return type(batch).from_data_list(batch.to_data_list()[rows])
     if isinstance(batch, Tensor):
-        return batch[rows] if batch.ndim and len(batch) == total else batch
+        return _own(batch[rows] if batch.ndim and len(batch) == total else batch)
     if isinstance(batch, Mapping):
         return _take_mapping(batch, rows, total)
     if is_dataclass_instance(batch):
@@ -118,6 +122,10 @@ def _take(batch: Any, rows: slice, total: int) -> Any:
     if isinstance(batch, (list, tuple)):
         return _take_sequence(batch, rows, total)
     return batch
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def _take_mapping(batch: Mapping[Any, Any], rows: slice, total: int) -> Any:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_actmem import ActMemEngine
+from lightning_actmem import ActMemEngine, ActMemWarning
 from lightning_actmem.adapt.adapter import Adapter
 from lightning_actmem.adapt.measurement import Measurement
 from lightning_actmem_kernels import CodecSpec
@@ -110,7 +110,9 @@ def test_bytes_come_before_noise() -> None:
 def test_a_budget_below_everything_is_the_least_there_is() -> None:
     training = Training(budget="1")
     sure(training)
-    training.adapter.allocate()
+    with pytest.warns(ActMemWarning, match=r"budget='1' asks for at most 1 bytes, and [\d,]+ is the least"):
+        training.adapter.allocate()
+    training.adapter.allocate()  # said once
     specs = training.engine.plan.values()
     assert all(spec is not None and spec.bits <= 2 for spec in specs)
 
@@ -285,3 +287,45 @@ def test_a_run_that_no_longer_adapts_has_no_plan() -> None:
     again = ActMemEngine(bits=2, adapt=True)
     again.load_state_dict(training.engine.state_dict())
     assert again.plan == training.engine.plan != {}
+
+
+def test_a_noise_below_everything_says_so() -> None:
+    training = Training(noise=1e-9, activations="derivative")
+    sure(training)
+    with pytest.warns(ActMemWarning, match="noise=1e-09 is asked for, and .* is the least there is"):
+        training.adapter.allocate()
+    training.adapter.allocate()  # said once
+
+
+@pytest.mark.parametrize(
+    "other", [{"group_size": 64}, {"rounding": "stochastic"}, {"codec": "uniform"}, {"bits": 4}], ids=str
+)
+def test_what_was_measured_under_other_settings_is_dropped(other: dict[str, Any]) -> None:
+    training = Training(bits=2, adapt=True)
+    sure(training)
+    training.adapter.allocate()
+    state = training.engine.state_dict()
+    resumed = ActMemEngine(**{"bits": 2, "adapt": True, **other})
+    resumed.load_state_dict(state)
+    assert resumed.step == training.engine.step
+    assert resumed.plan == {}
+    assert resumed.adapter is not None
+    assert resumed.adapter.count == 0
+    assert resumed.adapter.sensitivities.averages == {}
+
+
+def test_another_goal_takes_over_what_was_measured() -> None:
+    training = Training(noise=0.1)
+    sure(training)
+    training.adapter.allocate()
+    resumed = ActMemEngine(noise=0.05)
+    resumed.load_state_dict(training.engine.state_dict())
+    assert resumed.plan == training.engine.plan
+    assert resumed.state_dict() == training.engine.state_dict()
+
+
+def test_nothing_to_measure_is_an_error() -> None:
+    training = Training(noise=0.1, min_elements=10**6)
+    training.step()
+    with pytest.raises(ValueError, match="min_elements=1000000 or more, got none"):
+        training.measure()

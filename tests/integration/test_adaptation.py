@@ -294,6 +294,7 @@ def test_checks_come_to_an_end(monkeypatch):
     assert [record.is_check for record in actmem.adaptation.history] == [False, *[True] * MAX_CHECKS]
 
 
+@pytest.mark.filterwarnings("ignore:ActMem. budget='1000' asks for at most")
 def test_a_budget_needs_no_check():
     _, actmem = run(batches=20, epochs=1, actmem=ActMem(budget="1000", **PACK_ALL))
     (record,) = actmem.adaptation.history
@@ -444,3 +445,65 @@ def test_verbose_says_what_changes_and_why(capsys):
 def test_nothing_is_printed_unless_asked(capsys):
     run(actmem=ActMem(noise=NOISE, summary=False, **PACK_ALL), enable_model_summary=True)
     assert "ActMem" not in capsys.readouterr().out
+
+
+def test_a_batch_that_cannot_be_measured_leaves_it_to_the_next():
+    class Sometimes(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return None if batch_idx in (FIRST_BATCH, FIRST_BATCH + 1) else super().training_step(batch, batch_idx)
+
+    _, actmem = run(Sometimes, batches=20, epochs=1)
+    assert [record.epoch for record in adaptations(actmem)] == [0]
+
+
+def test_of_several_equal_ones_each_has_the_state_of_the_one_that_works():
+    first, second = (ActMem(noise=NOISE, **PACK_ALL) for _ in range(2))
+    run(actmem=first, callbacks=[second])
+    assert first.adaptation.history
+    assert second.state_dict() == first.state_dict()
+    strategy, callback = ActMemStrategy(noise=NOISE, **PACK_ALL), ActMem(noise=NOISE, **PACK_ALL)
+    run(actmem=callback, strategy=strategy)
+    assert callback.adaptation.history
+    assert strategy.actmem.state_dict() == callback.state_dict()
+
+
+def test_another_run_with_the_same_callback_adapts_afresh():
+    actmem = ActMem(noise=NOISE, **PACK_ALL)
+    run(batches=12, epochs=3, actmem=actmem)
+    actmem.adaptation.capped = True
+    earlier = actmem.adaptation.history
+    run(batches=20, epochs=1, actmem=actmem)
+    record, *checks = actmem.adaptation.history
+    assert (record.step, record.epoch, record.is_check) == (FIRST_BATCH, 0, False)
+    assert all(check.is_check for check in checks)
+    assert record is not earlier[0]
+    assert (
+        record.bits == run(batches=20, epochs=1, actmem=ActMem(noise=NOISE, **PACK_ALL))[1].adaptation.history[0].bits
+    )
+    assert actmem.adaptation.capped
+
+
+def test_a_state_that_is_loaded_before_a_run_is_kept():
+    _, actmem = run()
+    other = ActMem(noise=NOISE, **PACK_ALL)
+    other.load_state_dict(actmem.state_dict())
+    run(batches=4, epochs=1, actmem=other)
+    earlier = [record.state() for record in actmem.adaptation.history]
+    assert [record.state() for record in other.adaptation.history[: len(earlier)]] == earlier
+
+
+def test_a_batch_size_that_is_searched_for_on_resuming_keeps_its_cap():
+    _, actmem = run()
+    other = ActMem(noise=NOISE, **PACK_ALL)
+    other.adaptation.capped = True
+    other.load_state_dict(actmem.state_dict())
+    assert other.adaptation.capped
+
+
+def test_parts_that_are_too_small_for_packing_are_no_measurement_without_noise():
+    """A part of four samples has a quarter of the elements that are packed in a batch."""
+    actmem = ActMem(noise=NOISE, **PACK_ALL | {"min_elements": SAMPLES * 16})
+    with pytest.warns(ActMemWarning, match=r"only 0% of the stored bytes could be measured on 4 of 32 samples"):
+        run(batches=3, actmem=actmem)
+    assert actmem.adaptation.history == []
+    assert actmem.engine.plan == {}

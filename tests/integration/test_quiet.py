@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -271,3 +272,80 @@ def test_shared_buffers_stay_shared_inside_a_step():
     trainer = fit(Tied(), callbacks=At(1, losses))
     assert trainer.lightning_module.table.tolist() == [3, 3]
     assert trainer.lightning_module.net[1].same is trainer.lightning_module.table
+
+
+class KeepingNet(Net):
+    """Keeps what it has seen, in containers of every kind, and has generators of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nested: dict[str, Any] = {"losses": [], "pair": ([0], 1)}
+        self.by_name: defaultdict[str, list[float]] = defaultdict(list)
+        self.ordered: OrderedDict[str, Tensor] = OrderedDict(seen=torch.zeros(()))
+        self.last: deque[Any] = deque([[]], maxlen=3)
+        self.memory = torch.zeros(())
+        self.itself: list[Any] = []
+        self.itself.append(self.itself)
+        self.generators = np.random.default_rng(0), np.random.RandomState(0), random.Random(0)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        value = loss.item()
+        self.nested["losses"].append(value)
+        self.nested["pair"][0][0] += 1
+        self.by_name["loss"].append(value)
+        self.ordered["seen"] += 1
+        self.last[0].append(value)
+        self.last.append([value])
+        self.memory += 1
+        self.itself[0].append(value)
+        self.drawn = [generator.random() for generator in self.generators[::2]], self.generators[1].rand()
+        return loss
+
+    def kept(self) -> Any:
+        names = "nested", "by_name", "ordered", "last", "memory", "drawn"
+        return [getattr(self, name) for name in names], self.itself[1:]
+
+
+class MomentumNet(Net):
+    """Has an encoder without gradient, which follows in place or by assignment."""
+
+    assign = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key = nn.Linear(FEATURES, 4).requires_grad_(False)
+        self.tied = self.key
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        for parameter in self.key.parameters():
+            if self.assign:
+                parameter.data = 0.9 * parameter.data + 0.1
+            else:
+                parameter.data.mul_(0.9).add_(0.1)
+        assert self.tied.weight is self.key.weight
+        return super().training_step(batch, batch_idx)
+
+    def kept(self) -> Any:
+        return [parameter.clone() for parameter in self.key.parameters()]
+
+
+class AssigningNet(MomentumNet):
+    assign = True
+
+
+@pytest.mark.parametrize("net", [KeepingNet, MomentumNet, AssigningNet])
+def test_what_a_module_keeps_is_that_of_real_steps_only(net):
+    def kept(action: Callable[[Any, Any], object]) -> Any:
+        torch.manual_seed(0)
+        return fit(net(), callbacks=At(1, action)).lightning_module.kept()
+
+    assert_same(kept(losses), kept(lambda *_: None))
+
+
+def test_the_parameters_are_the_same_objects_afterwards():
+    model = MomentumNet()
+    before = list(map(id, model.parameters()))
+    fit(model, callbacks=At(1, losses))
+    assert list(map(id, model.parameters())) == before
+    assert not any(parameter.requires_grad for parameter in model.key.parameters())
