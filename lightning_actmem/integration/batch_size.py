@@ -9,8 +9,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore
 
 from ..engine import ActMemEngine
 from ..errors import ActMemError, ActMemWarning
-from ..memory import available_bytes, held_bytes, human_bytes, parse_bytes
+from ..memory import available_bytes, held_bytes, human_bytes
 from ..predict import BatchSearch, Trial
+from ..units import parse_bytes
 from .callback import ActMem
 from .trials import BatchTrials
 

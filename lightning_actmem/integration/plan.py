@@ -16,10 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from ..config import ConfigLike, given_settings
 from ..engine import ActMemEngine
 from ..errors import ActMemError
-from ..memory import parse_bytes
 from ..predict import Line, Trial
 from ..report import StepReport
 from ..saved.ledger import BORROWED
+from ..units import parse_bytes
 from .callback import ActMem
 from .kept import silent_lightning
 from .memory_plan import LayerPlan, MemoryPlan, MethodPlan

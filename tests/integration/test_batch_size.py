@@ -393,7 +393,7 @@ def test_memory_that_does_not_grow_with_the_batch():
         ({"start": 0}, "start must be 1 or more, got 0"),
         ({"max_trials": 2}, "max_trials must be 3 or more, got 2"),
         ({"margin": 1.0}, "margin must be a share"),
-        ({"budget": "much"}, "such as '4GiB'"),
+        ({"budget": "much"}, "like '4GiB'"),
     ],
 )
 def test_bad_arguments(arguments, message):
