@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_hasattr, lightning_setattr
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -21,7 +22,15 @@ from ..errors import ActMemError
 from ..memory import collect, free_failed, held_bytes, is_out_of_memory
 from ..peak import PeakMeter
 from ..predict import Trial
-from .kept import forget_data, kept_checkpoint, kept_loop, kept_module_state, quiet_trainer, silent_lightning
+from .kept import (
+    forget_data,
+    kept_checkpoint,
+    kept_generators,
+    kept_loop,
+    kept_module_state,
+    quiet_trainer,
+    silent_lightning,
+)
 
 # The first trials run twice: tables and workspaces that are made once are no sample's.
 _WARM_TRIALS = 2
@@ -59,7 +68,10 @@ class BatchTrials:
     def __enter__(self) -> BatchTrials:
         with ExitStack() as stack:
             stack.enter_context(isolate_rng())
-            self._check()
+            self._check_source()
+            stack.enter_context(kept_generators(self._holders()))  # before train_dataloader(), which may draw
+            stack.enter_context(kept_generators(self._samplers()))  # before an iterator is made, which draws
+            self._check_data()
             stack.callback(collect)
             stack.enter_context(kept_checkpoint(self._trainer))
             stack.enter_context(kept_module_state(self._model))
@@ -152,7 +164,7 @@ class BatchTrials:
     def _loop_state(self) -> dict[str, Any]:
         return self._trainer.fit_loop.state_dict()
 
-    def _check(self) -> None:
+    def _check_source(self) -> None:
         trainer = self._trainer
         if not lightning_hasattr(self._model, self._name):
             raise ActMemError(
@@ -170,7 +182,9 @@ class BatchTrials:
                 f"trial steps need a strategy with one device or DDP, got {type(trainer.strategy).__name__}. "
                 "Find the batch size on one device, or set it by hand."
             )
-        trainer.fit_loop.setup_data()
+
+    def _check_data(self) -> None:
+        self._trainer.fit_loop.setup_data()
         for loader in self._loaders():
             if not isinstance(loader, DataLoader) or loader.batch_size is None:
                 raise ActMemError(
@@ -191,6 +205,15 @@ class BatchTrials:
         combined = self._trainer.fit_loop._combined_loader
         assert combined is not None
         return list(combined.flattened)
+
+    def _holders(self) -> list[Any]:
+        """What may have random generators of its own: the model, its parts and the datamodule."""
+        datamodule = self._trainer.datamodule  # type: ignore[attr-defined]
+        return [*self._model.modules(), *([] if datamodule is None else [datamodule])]
+
+    def _samplers(self) -> list[Any]:
+        loaders = CombinedLoader(self._trainer.fit_loop._data_source.dataloader()).flattened
+        return [owner for loader in loaders for owner in (loader, getattr(loader, "sampler", None))]
 
     def _set(self, batch_size: Any) -> None:
         lightning_setattr(self._model, self._name, batch_size)

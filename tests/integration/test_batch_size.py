@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_actmem import ActMem, ActMemBatchSizeFinder, ActMemError, ActMemWarning
@@ -183,6 +183,32 @@ def test_training_after_it_is_training_without_it():
     assert torch.equal(states[0][1], states[1][1])
     assert states[0][2] == states[1][2]
     torch.testing.assert_close(states[0][3], states[1][3], rtol=0, atol=0)
+
+
+class DrawingData(LightningDataModule):
+    """Draws from generators of its own: of the loader, of its sampler, and in ``train_dataloader`` itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_size = 8
+        self.mine = torch.Generator().manual_seed(5)
+        self.hidden = [torch.Generator().manual_seed(seed) for seed in (6, 7)]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        data = dataset(256 + int(torch.randint(0, 9, (), generator=self.mine)))
+        sampler = RandomSampler(data, generator=self.hidden[0])
+        return DataLoader(data, batch_size=self.batch_size, sampler=sampler, generator=self.hidden[1])
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+@pytest.mark.parametrize("index", [0, 1, 2], ids=["datamodule", "sampler", "loader"])
+def test_own_generators_go_on_as_without_it(index):
+    states = []
+    for callbacks in ([ActMemBatchSizeFinder("1MiB", max_batch_size=8)], []):
+        model, data = Net(), DrawingData()
+        new_trainer(callbacks=callbacks, max_steps=2).fit(model, datamodule=data)
+        states.append([data.mine, *data.hidden][index].get_state())
+    assert torch.equal(*states)
 
 
 def test_manual_optimisation(tmp_path):
