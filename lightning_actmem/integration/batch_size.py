@@ -118,8 +118,8 @@ class ActMemBatchSizeFinder(Callback):
         if found is None:
             raise ActMemError(
                 f"not even one sample fits into {human_bytes(search.budget_bytes)}: {search.explain()}. "
-                "Raise the budget, use fewer bits, or train a smaller model."
-            )
+                f"Raise the budget, use fewer bits, or train a smaller model.{trials.explain()}"
+            ) from trials.error
         if not search.grows:
             warnings.warn(
                 f"ActMem: memory does not grow with the batch ({search.explain()}), so there is no largest one. "

@@ -59,11 +59,14 @@ class _Probe(Callback):
                 )
             for batch_size in self._trace:
                 found.append(trials.run(batch_size))
+                if found[-1].out_of_memory:
+                    raise ActMemError(
+                        f"memory ran out with the small batches {list(self._trace)}. Give smaller ones as trace."
+                        f"{trials.explain()}"
+                    ) from trials.error
                 if self._engine is not None:
                     reports.append(self._engine.report())
         self.batch_size = trials.batch_size
-        if any(trial.out_of_memory for trial in found):
-            raise ActMemError(f"memory ran out with the small batches {list(self._trace)}. Give smaller ones as trace.")
         self.traced = _Traced((found[0], found[1]), tuple(reports))
 
 

@@ -48,6 +48,10 @@ class BatchTrials:
         batch_arg_name: Name of the batch size's attribute on model, its ``hparams`` or the datamodule.
         engine: What compresses, to tell the bytes stored; ``None`` for plain training.
 
+    Attributes:
+        device: Where the steps run.
+        error: The error by which memory ran out in this process in the last trial, or ``None``.
+
     Raises:
         ActMemError: On entering, if there is no such attribute, or the data does not follow it.
     """
@@ -63,6 +67,7 @@ class BatchTrials:
         self._sizes: list[int] = []
         self._failed = False
         self._warm = 0
+        self.error: BaseException | None = None
         self.device: torch.device = trainer.strategy.root_device
 
     def __enter__(self) -> BatchTrials:
@@ -116,6 +121,7 @@ class BatchTrials:
         self._reload_data()
         self._check_loaders(batch_size)
         self._failed = False
+        self.error = None
         if self._warm < _WARM_TRIALS:
             self._attempt(batch_size, nullcontext())
             self._warm += 1
@@ -298,6 +304,12 @@ class BatchTrials:
             raise error
         self._failed = True
         free_failed(error)
+        # A process that goes on after the error is still inside Lightning's frames, which hold the batch.
+        self.error = error if self._trainer.world_size == 1 else error.with_traceback(None)
+
+    def explain(self) -> str:
+        """Return the error of the last trial in words, for the end of a message; empty if it had none."""
+        return "" if self.error is None else f" The last error was {type(self.error).__name__}: {self.error}"
 
     def _agreed(self, trial: Trial) -> Trial:
         """Return what the process that needed most has found."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -285,6 +286,19 @@ def test_an_error_in_a_trial_is_no_lack_of_memory():
         trainer.fit(model)
     assert model.batch_size == 8
     assert is_untouched(trainer)
+
+
+def test_a_bug_that_reads_like_lack_of_memory_is_named():
+    class Broken(SizedNet):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            raise RuntimeError("my table is out of memory cells")
+
+    trainer = new_trainer(callbacks=[ActMemBatchSizeFinder("1MiB")])
+    with pytest.raises(ActMemError, match=r"not even one sample .* RuntimeError: my table is out of") as caught:
+        trainer.fit(Broken())
+    cause = caught.value.__cause__
+    assert isinstance(cause, RuntimeError)
+    assert "training_step" in [frame.name for frame in traceback.extract_tb(cause.__traceback__)]
 
 
 @pytest.mark.slow

@@ -133,6 +133,16 @@ def test_bad_arguments(arguments, error, message):
         plan(Mlp(depth=1), bits=(), **arguments)
 
 
+def test_the_error_by_which_memory_ran_out_is_named():
+    class Broken(Mlp):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            raise RuntimeError("my table is out of memory cells")
+
+    with pytest.raises(ActMemError, match=r"ran out with the small batches .* RuntimeError: my table is") as caught:
+        plan(Broken(depth=1), bits=())
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 class TestCommandLine:
     """``python -m lightning_actmem plan``."""
