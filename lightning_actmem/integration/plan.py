@@ -79,7 +79,7 @@ def plan(
     budget: int | str | None = None,
     config: ConfigLike = None,
     checkpointed: Sequence[str] = (),
-    trace: tuple[int, int] = (32, 64),
+    trace: Sequence[int] = (32, 64),
     batch_arg_name: str = "batch_size",
     accelerator: str = "cpu",
 ) -> MemoryPlan:
@@ -105,11 +105,14 @@ def plan(
         The plan.
 
     Raises:
-        ValueError: If ``trace`` is not two growing sizes, or nothing matches ``checkpointed``.
+        ValueError: If ``trace`` is not two growing sizes, ``batch_size`` is not positive, or nothing matches
+            ``checkpointed``.
         ActMemError: If the batch size cannot be set, or even the small batches do not fit.
     """
-    if not 0 < trace[0] < trace[1]:
-        raise ValueError(f"trace must be two batch sizes, the smaller one first, got {list(trace)}.")
+    if len(trace) != 2 or not 0 < trace[0] < trace[1]:
+        raise ValueError(f"trace must be exactly two batch sizes, the smaller one first, got {list(trace)}.")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, got {batch_size}.")
     settings = {**given_settings(config), "summary": False}
     budget_bytes = None if budget is None else parse_bytes(budget)
     probe = partial(_probe, model, datamodule, trace, batch_arg_name, accelerator)
@@ -129,7 +132,7 @@ def plan(
             found = probe(None)
         assert found.traced is not None
         methods.append(_method(CHECKPOINT, found.traced, target, budget_bytes))
-    return MemoryPlan(target, budget_bytes, trace, tuple(methods), tuple(layers.values()))
+    return MemoryPlan(target, budget_bytes, (trace[0], trace[1]), tuple(methods), tuple(layers.values()))
 
 
 def _probe(
