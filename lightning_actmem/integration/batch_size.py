@@ -41,6 +41,7 @@ class ActMemBatchSizeFinder(Callback):
 
     Raises:
         ValueError: If an argument is out of range.
+        TypeError: If an argument is not a number where one is needed.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -63,8 +64,12 @@ class ActMemBatchSizeFinder(Callback):
             ("max_batch_size", max_batch_size, 1),
             ("max_trials", max_trials, 3),
         ):
+            if value is not None and type(value) is not int:
+                raise TypeError(f"{name} must be a whole number, got {value!r}.")
             if value is not None and value < least:
                 raise ValueError(f"{name} must be {least} or more, got {value}.")
+        if not isinstance(margin, (int, float)):
+            raise TypeError(f"margin must be a number, got {margin!r}.")
         if not 0 <= margin < 1:
             raise ValueError(f"margin must be a share from 0 to below 1, got {margin}.")
         self._budget = None if budget is None else parse_bytes(budget)

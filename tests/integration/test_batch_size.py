@@ -441,6 +441,20 @@ def test_bad_arguments(arguments, message):
         ActMemBatchSizeFinder(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"start": "8"}, "start must be a whole number, got '8'"),
+        ({"start": True}, "start must be a whole number, got True"),
+        ({"max_batch_size": 8.5}, "max_batch_size must be a whole number, got 8.5"),
+        ({"margin": "0.1"}, "margin must be a number, got '0.1'"),
+    ],
+)
+def test_arguments_of_a_wrong_type(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        ActMemBatchSizeFinder(**arguments)
+
+
 def test_fast_dev_run_leaves_the_batch_size():
     model = Net()
     with warnings.catch_warnings():
