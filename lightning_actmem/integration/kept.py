@@ -61,6 +61,25 @@ def kept_module_state(model: LightningModule) -> Iterator[None]:
 
 
 @contextmanager
+def kept_containers(model: LightningModule) -> Iterator[None]:
+    """Restore the lists, dicts and sets that the user's class has as attributes; what they contain stays as it is."""
+    own = {name: value for name, value in vars(model).items() if name not in _lightning_attributes()}
+    kept = {name: (value, value.copy()) for name, value in own.items() if type(value) in (list, dict, set)}
+    try:
+        yield
+    finally:
+        for name, (value, content) in kept.items():
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)
+            vars(model)[name] = value
+
+
+def _lightning_attributes() -> set[str]:
+    """The attributes that every module has: Lightning and PyTorch look after them."""
+    return set(vars(LightningModule()))
+
+
+@contextmanager
 def kept_generators(owners: Iterable[Any]) -> Iterator[None]:
     """Restore the states of the random generators that are attributes of modules, data or samplers."""
     generators = [v for owner in owners for v in getattr(owner, "__dict__", {}).values() if isinstance(v, Generator)]

@@ -25,6 +25,7 @@ from ..predict import Trial
 from .kept import (
     forget_data,
     kept_checkpoint,
+    kept_containers,
     kept_generators,
     kept_loop,
     kept_module_state,
@@ -40,8 +41,10 @@ _STEPS = 2  # gradients and optimizer state are there from the second step on
 class BatchTrials:
     """Runs training steps with other batch sizes inside ``with``, and puts everything back at its end.
 
-    Weights, optimizer and scheduler states, precision, loops, callbacks, random generators, buffers that no checkpoint
-    has, metrics and the batch size are as before afterwards. Loggers and callbacks are away meanwhile.
+    Weights, optimizer and scheduler states, precision, loops, callbacks, random generators (the global ones and those
+    that are attributes of the model, the datamodule, a loader or its sampler), buffers that no checkpoint has, metrics,
+    the model's plain lists, dicts and sets and the batch size are as before afterwards. Loggers and callbacks are away
+    meanwhile; the model's own hooks run, ``on_train_start`` and ``on_train_end`` too, in every trial.
 
     Args:
         trainer: A trainer whose ``fit`` has reached ``on_fit_start``.
@@ -80,6 +83,7 @@ class BatchTrials:
             stack.callback(collect)
             stack.enter_context(kept_checkpoint(self._trainer))
             stack.enter_context(kept_module_state(self._model))
+            stack.enter_context(kept_containers(self._model))
             stack.enter_context(kept_loop(self._trainer))
             stack.callback(self._set, lightning_getattr(self._model, self._name))
             stack.enter_context(quiet_trainer(self._trainer))

@@ -201,6 +201,45 @@ class DrawingData(LightningDataModule):
         return DataLoader(data, batch_size=self.batch_size, sampler=sampler, generator=self.hidden[1])
 
 
+class HoardingNet(Net):
+    """Keeps what it sees in plain containers, one of which it builds anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[Tensor] = []
+        self.by_batch: dict[int, int] = {-1: 0}
+        self.sizes: set[int] = set()
+        self.latest: list[int] = []
+        self.hooks: list[str] = []
+
+    def on_train_start(self) -> None:
+        self.hooks.append("start")
+
+    def on_train_end(self) -> None:
+        self.hooks.append("end")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.losses.append(loss.detach())
+        self.by_batch[batch_idx] = len(batch[0])
+        self.sizes.add(len(batch[0]))
+        self.latest = [batch_idx]
+        return loss
+
+
+def test_plain_containers_have_nothing_of_the_trials():
+    model = HoardingNet()
+    losses, latest = model.losses, model.latest
+    fit(model, callbacks=[ActMemBatchSizeFinder("1MiB", max_batch_size=16)], max_steps=2)
+    assert model.losses is losses
+    assert len(losses) == 2
+    assert model.by_batch == {-1: 0, 0: 16, 1: 16}
+    assert model.sizes == {16}
+    assert latest == []
+    assert model.latest == [1]
+    assert model.hooks == ["start", "end"]
+
+
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 @pytest.mark.parametrize("index", [0, 1, 2], ids=["datamodule", "sampler", "loader"])
 def test_own_generators_go_on_as_without_it(index):
