@@ -21,14 +21,16 @@ class ActMemBatchSizeFinder(Callback):
 
     Runs a few real training steps with two small batches, separates what is fixed (weights, gradients, optimizer
     state, workspace) from what each sample takes, predicts the largest batch, and makes sure with one or two more
-    trials, smaller ones if need be. The batch that it ends on has run. Everything else is as before afterwards.
+    trials, smaller ones if need be. The batch that it ends on has run. `BatchTrials` says what is as before afterwards;
+    the model's hooks run in every trial, ``on_train_start`` and ``on_train_end`` too.
 
     Works with and without compression, on one device and under DDP, where all processes take the same batch: the
     smallest of what they can hold. Lightning's `BatchSizeFinder` doubles instead, takes some errors for bugs that are
     lack of memory, and refuses DDP.
 
     Args:
-        budget: What may be allocated at one time: bytes, or a text such as ``"4GiB"``. ``None``: what the device has.
+        budget: What may be allocated at one time: bytes, or a text such as ``"4GiB"`` or ``"1000000"``.
+            ``None``: what the device has.
         batch_arg_name: Name of the batch size's attribute on the model, its ``hparams`` or the datamodule.
         start: Batch size of the first trial.
         max_batch_size: Never go beyond it; the number of samples is a limit anyway.

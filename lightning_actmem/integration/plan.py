@@ -67,6 +67,7 @@ class _Probe(Callback):
                 if self._engine is not None:
                     reports.append(self._engine.report())
         self.batch_size = trials.batch_size
+        trainer.limit_train_batches = 0  # nothing is trained: no loader is built that would draw once more
         self.traced = _Traced((found[0], found[1]), tuple(reports))
 
 
@@ -90,11 +91,12 @@ def plan(
     the small batches are, because the temporaries of packing stop growing from some size of tensor on.
 
     Args:
-        model: The module; its state is as before afterwards.
+        model: The module; its state is as before afterwards (`BatchTrials` says what of it).
         datamodule: The data, unless the model brings its own.
         bits: Widths to compare with plain training.
         batch_size: The batch to predict for; ``None``: the one that is set.
-        budget: Memory to fill: bytes or a text such as ``"80GiB"``; ``None``: no largest batch is predicted.
+        budget: Memory to fill: bytes or a text such as ``"80GiB"`` or ``"1000000"``; ``None``: no largest batch
+            is predicted.
         config: Other settings of `ActMemConfig`.
         checkpointed: Patterns of submodules (``"blocks.*"``) for a row with ``torch.utils.checkpoint`` around each.
         trace: The two small batch sizes.
@@ -105,8 +107,8 @@ def plan(
         The plan.
 
     Raises:
-        ValueError: If ``trace`` is not two growing sizes, ``batch_size`` is not positive, or nothing matches
-            ``checkpointed``.
+        ValueError: If ``budget`` is no amount, ``trace`` is not two growing sizes, ``batch_size`` is not positive, or
+            nothing matches ``checkpointed``.
         ActMemError: If the batch size cannot be set, or even the small batches do not fit.
     """
     if len(trace) != 2 or not 0 < trace[0] < trace[1]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_actmem import ActMem, ActMemBatchSizeFinder, ActMemError, ActMemWarning
+from lightning_actmem import ActMem, ActMemBatchSizeFinder, ActMemError, ActMemWarning, plan
 from lightning_actmem.integration.batch_size import engine_of
 from lightning_actmem.integration.trials import BatchTrials
 from lightning_actmem.predict import Line, Trial
@@ -249,6 +249,16 @@ def test_own_generators_go_on_as_without_it(index):
         new_trainer(callbacks=callbacks, max_steps=2).fit(model, datamodule=data)
         states.append([data.mine, *data.hidden][index].get_state())
     assert torch.equal(*states)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+def test_a_plan_draws_nothing_from_own_generators():
+    data = DrawingData()
+    before = [generator.get_state() for generator in (data.mine, *data.hidden)]
+    plan(Net(), data, bits=(4,), trace=(8, 16))
+    assert all(
+        torch.equal(*pair) for pair in zip(before, (g.get_state() for g in (data.mine, *data.hidden)), strict=True)
+    )
 
 
 def test_manual_optimisation(tmp_path):
