@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from .config import BITS
 from .errors import ActMemError
@@ -19,6 +22,8 @@ _EPILOG = """examples:
 
 Of a LightningCLI configuration the sections `model` and `data` are read. Checkpointing is measured where --checkpoint
 says which submodules to checkpoint, and left out otherwise."""
+
+_USER_ERRORS = (ActMemError, ValueError, OSError, YAMLError, OmegaConfBaseException, MisconfigurationException)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -68,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             made.save_json(options.json)
         if options.figure:
             made.save_figure(options.figure)
-    except (ActMemError, ValueError, FileNotFoundError) as error:
+    except _USER_ERRORS as error:
         top.exit(2, f"error: {error}\n")
 
 
@@ -98,16 +103,23 @@ def _sections(options: argparse.Namespace) -> dict[str, Any]:
     """Return the sections of the configuration, with the class paths of the command line put in."""
     loaded: dict[str, Any] = {}
     if options.config:
-        loaded = dict(OmegaConf.to_container(OmegaConf.load(options.config), resolve=True))  # type: ignore[arg-type]
+        loaded = _loaded(options.config)
     sections = {}
     for name in ("model", "data"):
         section, class_path = loaded.get(name), getattr(options, name)
         if class_path is not None:
-            arguments = section if section is None or "class_path" not in section else section.get("init_args")
+            arguments = section.get("init_args") if isinstance(section, dict) and "class_path" in section else section
             section = {"class_path": class_path, "init_args": arguments or {}}
         if section:
             sections[name] = section
     return sections
+
+
+def _loaded(path: str) -> dict[str, Any]:
+    loaded: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    if not isinstance(loaded, dict):
+        raise ActMemError(f"{path} must have sections such as `model` and `data`, got a {type(loaded).__name__}.")
+    return loaded
 
 
 if __name__ == "__main__":

@@ -146,8 +146,8 @@ class ActMemConfig:
             raise ValueError(f"noise must be above 0, got {noise}. Use bits=32 for no noise at all.")
         if not (self.budget is None or isinstance(self.budget, str)):
             raise TypeError(f"budget must be a text such as '4GiB', got {self.budget!r}.")
-        if self.budget_bytes == 0:
-            raise ValueError("budget must be above 0 bytes. Leave it out for no budget.")
+        if self.budget is not None:
+            parse_bytes(self.budget)
         if self.adapt is False and (self.noise is not None or self.budget is not None):
             raise ValueError("noise and budget need adaptation, got adapt=False. Leave adapt out.")
         if self.adapts and self.lossless:

@@ -1,10 +1,9 @@
-"""Device memory: how much there is, how it is written, and how its end is told by every allocator."""
+"""Device memory: how much there is, how a count is written, and how its end is told by every allocator."""
 
 from __future__ import annotations
 
 import gc
 import os
-import re
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,10 +14,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .errors import ActMemError
-
-_UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-_UNITS["tb"] = 10**12
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", re.IGNORECASE)
 
 #: What allocators and libraries say when memory is short; lower case.
 _OUT_OF_MEMORY = (
@@ -42,38 +37,6 @@ _OUT_OF_MEMORY = (
     "rocblas_status_memory_error",
     "miopenstatusallocfailed",
 )
-
-
-def parse_bytes(size: int | str) -> int:
-    """Return a number of bytes from a number or a text such as ``"4GiB"``.
-
-    Args:
-        size: Bytes, or a text with a unit: B, KiB, MiB, GiB, TiB (powers of 1024), kB, MB, GB, TB (powers of 1000).
-
-    Returns:
-        Bytes.
-
-    Raises:
-        ValueError: If it is not positive or not a size.
-        TypeError: If it is neither a number nor a text.
-
-    Example:
-        >>> parse_bytes("4GiB"), parse_bytes("1.5 kB"), parse_bytes(1000)
-        (4294967296, 1500, 1000)
-    """
-    if isinstance(size, str):
-        match = _SIZE.fullmatch(size)
-        unit = _UNITS.get(match[2].lower()) if match else None
-        if match is None or unit is None:
-            raise ValueError(f"a size must be a number of bytes or a text such as '4GiB' or '500MB', got {size!r}.")
-        count = int(float(match[1]) * unit)
-    elif type(size) is int:
-        count = size
-    else:
-        raise TypeError(f"a size must be a number of bytes or a text such as '4GiB', got {size!r}.")
-    if count <= 0:
-        raise ValueError(f"a size must be more than 0 bytes, got {size!r}.")
-    return count
 
 
 def human_bytes(count: int) -> str:

@@ -12,24 +12,34 @@ _FACTORS = {
 }
 
 
-def parse_bytes(text: str) -> int:
-    """Return the number of bytes that a text means.
+def parse_bytes(size: int | str) -> int:
+    """Return the number of bytes that a number or a text means.
 
     Args:
-        text: A number and a unit: ``"4GiB"``, ``"1.5 GB"``, ``"800MB"``, ``"1000000"``; upper or lower case.
+        size: Bytes, or a text with a number and perhaps a unit: ``"4GiB"``, ``"1.5 GB"``, ``"800MB"``, ``"1000000"``;
+            upper or lower case.
 
     Returns:
-        Bytes; ``GiB`` is 2**30, ``GB`` is 10**9.
+        Bytes; ``KiB`` to ``TiB`` are powers of 1024, ``kB`` to ``TB`` of 1000.
 
     Raises:
-        ValueError: If it is no such text.
+        ValueError: If it is no such text, or not above 0.
+        TypeError: If it is neither a whole number nor a text.
 
     Example:
-        >>> parse_bytes("1.5 KiB")
-        1536
+        >>> parse_bytes("4GiB"), parse_bytes("1.5 kB"), parse_bytes("1000"), parse_bytes(1000)
+        (4294967296, 1500, 1000, 1000)
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    factor = None if match is None else _FACTORS.get(match[2].lower())
-    if match is None or factor is None:
-        raise ValueError(f"an amount of memory must look like '4GiB', '800MB' or '1000000', got {text!r}.")
-    return int(float(match[1]) * factor)
+    if isinstance(size, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", size)
+        factor = None if match is None else _FACTORS.get(match[2].lower())
+        if match is None or factor is None:
+            raise ValueError(f"an amount of memory must look like '4GiB', '800MB' or '1000000', got {size!r}.")
+        count = int(float(match[1]) * factor)
+    elif type(size) is int:
+        count = size
+    else:
+        raise TypeError(f"an amount of memory must be a number of bytes or a text such as '4GiB', got {size!r}.")
+    if count <= 0:
+        raise ValueError(f"an amount of memory must be above 0 bytes, got {size!r}.")
+    return count

@@ -36,7 +36,7 @@ from lightning_actmem import ActMemConfig
         ({"method": "auto"}, r"method must be one of 'actmem', 'actnn', 'gact', got 'auto'"),
         ({"noise": 0}, r"noise must be above 0, got 0\. Use bits=32"),
         ({"budget": "4 pies"}, r"an amount of memory must look like '4GiB', .*, got '4 pies'"),
-        ({"budget": "0"}, r"budget must be above 0 bytes"),
+        ({"budget": "0"}, r"an amount of memory must be above 0 bytes, got '0'"),
         ({"adapt": False, "noise": 0.1}, r"noise and budget need adaptation, got adapt=False"),
         ({"bits": 32, "adapt": True}, r"adaptation needs a codec that rounds, got bits=32, codec='auto'"),
         ({"codec": "identity", "budget": "1GB"}, r"adaptation needs a codec that rounds, .*codec='identity'"),

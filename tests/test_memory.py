@@ -1,4 +1,4 @@
-"""Sizes, the wordings of out of memory, and what is left on a device."""
+"""The wordings of out of memory, and what is left on a device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_actmem import ActMemError, memory
-from lightning_actmem.memory import available_bytes, free_failed, held_bytes, is_out_of_memory, parse_bytes
+from lightning_actmem.memory import available_bytes, free_failed, held_bytes, is_out_of_memory
 
 CPU = torch.device("cpu")
 
@@ -63,28 +63,6 @@ def test_a_failed_step_lets_go_of_its_tensors():
             assert held[0]() is None
     finally:
         gc.enable()
-
-
-@pytest.mark.parametrize(
-    ("size", "count"), [("4GiB", 4 * 2**30), ("500 MB", 500 * 10**6), ("1.5kib", 1536), ("7b", 7), (12, 12)]
-)
-def test_sizes(size, count):
-    assert parse_bytes(size) == count
-
-
-@pytest.mark.parametrize(
-    ("size", "error", "message"),
-    [
-        ("4 gigs", ValueError, "such as '4GiB' or '500MB', got '4 gigs'"),
-        ("GiB", ValueError, "such as '4GiB'"),
-        (0, ValueError, "more than 0 bytes, got 0"),
-        (True, TypeError, "got True"),
-        (1.5, TypeError, "got 1.5"),
-    ],
-)
-def test_bad_sizes(size, error, message):
-    with pytest.raises(error, match=message):
-        parse_bytes(size)
 
 
 def test_held_bytes_counts_a_tied_weight_once_and_the_optimizers_state():

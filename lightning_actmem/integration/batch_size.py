@@ -9,8 +9,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore
 
 from ..engine import ActMemEngine
 from ..errors import ActMemError, ActMemWarning
-from ..memory import available_bytes, held_bytes, human_bytes, parse_bytes
+from ..memory import available_bytes, held_bytes, human_bytes
 from ..predict import BatchSearch, Trial
+from ..units import parse_bytes
 from .callback import ActMem
 from .trials import BatchTrials
 
@@ -20,14 +21,16 @@ class ActMemBatchSizeFinder(Callback):
 
     Runs a few real training steps with two small batches, separates what is fixed (weights, gradients, optimizer
     state, workspace) from what each sample takes, predicts the largest batch, and makes sure with one or two more
-    trials, smaller ones if need be. The batch that it ends on has run. Everything else is as before afterwards.
+    trials, smaller ones if need be. The batch that it ends on has run. `BatchTrials` says what is as before afterwards;
+    the model's hooks run in every trial, ``on_train_start`` and ``on_train_end`` too.
 
     Works with and without compression, on one device and under DDP, where all processes take the same batch: the
     smallest of what they can hold. Lightning's `BatchSizeFinder` doubles instead, takes some errors for bugs that are
     lack of memory, and refuses DDP.
 
     Args:
-        budget: What may be allocated at one time: bytes, or a text such as ``"4GiB"``. ``None``: what the device has.
+        budget: What may be allocated at one time: bytes, or a text such as ``"4GiB"`` or ``"1000000"``.
+            ``None``: what the device has.
         batch_arg_name: Name of the batch size's attribute on the model, its ``hparams`` or the datamodule.
         start: Batch size of the first trial.
         max_batch_size: Never go beyond it; the number of samples is a limit anyway.
@@ -40,6 +43,7 @@ class ActMemBatchSizeFinder(Callback):
 
     Raises:
         ValueError: If an argument is out of range.
+        TypeError: If an argument is not a number where one is needed.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -62,8 +66,12 @@ class ActMemBatchSizeFinder(Callback):
             ("max_batch_size", max_batch_size, 1),
             ("max_trials", max_trials, 3),
         ):
+            if value is not None and type(value) is not int:
+                raise TypeError(f"{name} must be a whole number, got {value!r}.")
             if value is not None and value < least:
                 raise ValueError(f"{name} must be {least} or more, got {value}.")
+        if not isinstance(margin, (int, float)):
+            raise TypeError(f"margin must be a number, got {margin!r}.")
         if not 0 <= margin < 1:
             raise ValueError(f"margin must be a share from 0 to below 1, got {margin}.")
         self._budget = None if budget is None else parse_bytes(budget)
@@ -117,8 +125,8 @@ class ActMemBatchSizeFinder(Callback):
         if found is None:
             raise ActMemError(
                 f"not even one sample fits into {human_bytes(search.budget_bytes)}: {search.explain()}. "
-                "Raise the budget, use fewer bits, or train a smaller model."
-            )
+                f"Raise the budget, use fewer bits, or train a smaller model.{trials.explain()}"
+            ) from trials.error
         if not search.grows:
             warnings.warn(
                 f"ActMem: memory does not grow with the batch ({search.explain()}), so there is no largest one. "

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
-from torch import nn
+from torch import Generator, nn
 from torchmetrics import Metric
 
 _LIGHTNING_SAYS = logging.getLogger("lightning.pytorch.utilities.rank_zero")
@@ -57,6 +58,37 @@ def kept_module_state(model: LightningModule) -> Iterator[None]:
             parameter.grad = gradient
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def kept_containers(model: LightningModule) -> Iterator[None]:
+    """Restore the lists, dicts and sets that the user's class has as attributes; what they contain stays as it is."""
+    own = {name: value for name, value in vars(model).items() if name not in _lightning_attributes()}
+    kept = {name: (value, value.copy()) for name, value in own.items() if type(value) in (list, dict, set)}
+    try:
+        yield
+    finally:
+        for name, (value, content) in kept.items():
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)
+            vars(model)[name] = value
+
+
+def _lightning_attributes() -> set[str]:
+    """The attributes that every module has: Lightning and PyTorch look after them."""
+    return set(vars(LightningModule()))
+
+
+@contextmanager
+def kept_generators(owners: Iterable[Any]) -> Iterator[None]:
+    """Restore the states of the random generators that are attributes of modules, data or samplers."""
+    generators = [v for owner in owners for v in getattr(owner, "__dict__", {}).values() if isinstance(v, Generator)]
+    states = [(generator, generator.get_state()) for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
 
 
 def _metrics(model: nn.Module) -> list[Metric]:

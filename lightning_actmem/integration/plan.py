@@ -16,10 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from ..config import ConfigLike, given_settings
 from ..engine import ActMemEngine
 from ..errors import ActMemError
-from ..memory import parse_bytes
 from ..predict import Line, Trial
 from ..report import StepReport
 from ..saved.ledger import BORROWED
+from ..units import parse_bytes
 from .callback import ActMem
 from .kept import silent_lightning
 from .memory_plan import LayerPlan, MemoryPlan, MethodPlan
@@ -59,11 +59,15 @@ class _Probe(Callback):
                 )
             for batch_size in self._trace:
                 found.append(trials.run(batch_size))
+                if found[-1].out_of_memory:
+                    raise ActMemError(
+                        f"memory ran out with the small batches {list(self._trace)}. Give smaller ones as trace."
+                        f"{trials.explain()}"
+                    ) from trials.error
                 if self._engine is not None:
                     reports.append(self._engine.report())
         self.batch_size = trials.batch_size
-        if any(trial.out_of_memory for trial in found):
-            raise ActMemError(f"memory ran out with the small batches {list(self._trace)}. Give smaller ones as trace.")
+        trainer.limit_train_batches = 0  # nothing is trained: no loader is built that would draw once more
         self.traced = _Traced((found[0], found[1]), tuple(reports))
 
 
@@ -76,7 +80,7 @@ def plan(
     budget: int | str | None = None,
     config: ConfigLike = None,
     checkpointed: Sequence[str] = (),
-    trace: tuple[int, int] = (32, 64),
+    trace: Sequence[int] = (32, 64),
     batch_arg_name: str = "batch_size",
     accelerator: str = "cpu",
 ) -> MemoryPlan:
@@ -87,11 +91,12 @@ def plan(
     the small batches are, because the temporaries of packing stop growing from some size of tensor on.
 
     Args:
-        model: The module; its state is as before afterwards.
+        model: The module; its state is as before afterwards (`BatchTrials` says what of it).
         datamodule: The data, unless the model brings its own.
         bits: Widths to compare with plain training.
         batch_size: The batch to predict for; ``None``: the one that is set.
-        budget: Memory to fill: bytes or a text such as ``"80GiB"``; ``None``: no largest batch is predicted.
+        budget: Memory to fill: bytes or a text such as ``"80GiB"`` or ``"1000000"``; ``None``: no largest batch
+            is predicted.
         config: Other settings of `ActMemConfig`.
         checkpointed: Patterns of submodules (``"blocks.*"``) for a row with ``torch.utils.checkpoint`` around each.
         trace: The two small batch sizes.
@@ -102,11 +107,14 @@ def plan(
         The plan.
 
     Raises:
-        ValueError: If ``trace`` is not two growing sizes, or nothing matches ``checkpointed``.
+        ValueError: If ``budget`` is no amount, ``trace`` is not two growing sizes, ``batch_size`` is not positive, or
+            nothing matches ``checkpointed``.
         ActMemError: If the batch size cannot be set, or even the small batches do not fit.
     """
-    if not 0 < trace[0] < trace[1]:
-        raise ValueError(f"trace must be two batch sizes, the smaller one first, got {list(trace)}.")
+    if len(trace) != 2 or not 0 < trace[0] < trace[1]:
+        raise ValueError(f"trace must be exactly two batch sizes, the smaller one first, got {list(trace)}.")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, got {batch_size}.")
     settings = {**given_settings(config), "summary": False}
     budget_bytes = None if budget is None else parse_bytes(budget)
     probe = partial(_probe, model, datamodule, trace, batch_arg_name, accelerator)
@@ -126,7 +134,7 @@ def plan(
             found = probe(None)
         assert found.traced is not None
         methods.append(_method(CHECKPOINT, found.traced, target, budget_bytes))
-    return MemoryPlan(target, budget_bytes, trace, tuple(methods), tuple(layers.values()))
+    return MemoryPlan(target, budget_bytes, (trace[0], trace[1]), tuple(methods), tuple(layers.values()))
 
 
 def _probe(

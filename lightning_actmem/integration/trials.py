@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_hasattr, lightning_setattr
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -21,7 +22,16 @@ from ..errors import ActMemError
 from ..memory import collect, free_failed, held_bytes, is_out_of_memory
 from ..peak import PeakMeter
 from ..predict import Trial
-from .kept import forget_data, kept_checkpoint, kept_loop, kept_module_state, quiet_trainer, silent_lightning
+from .kept import (
+    forget_data,
+    kept_checkpoint,
+    kept_containers,
+    kept_generators,
+    kept_loop,
+    kept_module_state,
+    quiet_trainer,
+    silent_lightning,
+)
 
 # The first trials run twice: tables and workspaces that are made once are no sample's.
 _WARM_TRIALS = 2
@@ -31,13 +41,19 @@ _STEPS = 2  # gradients and optimizer state are there from the second step on
 class BatchTrials:
     """Runs training steps with other batch sizes inside ``with``, and puts everything back at its end.
 
-    Weights, optimizer and scheduler states, precision, loops, callbacks, random generators, buffers that no checkpoint
-    has, metrics and the batch size are as before afterwards. Loggers and callbacks are away meanwhile.
+    Weights, optimizer and scheduler states, precision, loops, callbacks, random generators (the global ones and those
+    that are attributes of the model, the datamodule, a loader or its sampler), buffers that no checkpoint has, metrics,
+    the model's plain lists, dicts and sets and the batch size are as before afterwards. Loggers and callbacks are away
+    meanwhile; the model's own hooks run, ``on_train_start`` and ``on_train_end`` too, in every trial.
 
     Args:
         trainer: A trainer whose ``fit`` has reached ``on_fit_start``.
         batch_arg_name: Name of the batch size's attribute on model, its ``hparams`` or the datamodule.
         engine: What compresses, to tell the bytes stored; ``None`` for plain training.
+
+    Attributes:
+        device: Where the steps run.
+        error: The error by which memory ran out in this process in the last trial, or ``None``.
 
     Raises:
         ActMemError: On entering, if there is no such attribute, or the data does not follow it.
@@ -54,15 +70,20 @@ class BatchTrials:
         self._sizes: list[int] = []
         self._failed = False
         self._warm = 0
+        self.error: BaseException | None = None
         self.device: torch.device = trainer.strategy.root_device
 
     def __enter__(self) -> BatchTrials:
         with ExitStack() as stack:
             stack.enter_context(isolate_rng())
-            self._check()
+            self._check_source()
+            stack.enter_context(kept_generators(self._holders()))  # before train_dataloader(), which may draw
+            stack.enter_context(kept_generators(self._samplers()))  # before an iterator is made, which draws
+            self._check_data()
             stack.callback(collect)
             stack.enter_context(kept_checkpoint(self._trainer))
             stack.enter_context(kept_module_state(self._model))
+            stack.enter_context(kept_containers(self._model))
             stack.enter_context(kept_loop(self._trainer))
             stack.callback(self._set, lightning_getattr(self._model, self._name))
             stack.enter_context(quiet_trainer(self._trainer))
@@ -104,6 +125,7 @@ class BatchTrials:
         self._reload_data()
         self._check_loaders(batch_size)
         self._failed = False
+        self.error = None
         if self._warm < _WARM_TRIALS:
             self._attempt(batch_size, nullcontext())
             self._warm += 1
@@ -152,7 +174,7 @@ class BatchTrials:
     def _loop_state(self) -> dict[str, Any]:
         return self._trainer.fit_loop.state_dict()
 
-    def _check(self) -> None:
+    def _check_source(self) -> None:
         trainer = self._trainer
         if not lightning_hasattr(self._model, self._name):
             raise ActMemError(
@@ -170,7 +192,9 @@ class BatchTrials:
                 f"trial steps need a strategy with one device or DDP, got {type(trainer.strategy).__name__}. "
                 "Find the batch size on one device, or set it by hand."
             )
-        trainer.fit_loop.setup_data()
+
+    def _check_data(self) -> None:
+        self._trainer.fit_loop.setup_data()
         for loader in self._loaders():
             if not isinstance(loader, DataLoader) or loader.batch_size is None:
                 raise ActMemError(
@@ -191,6 +215,15 @@ class BatchTrials:
         combined = self._trainer.fit_loop._combined_loader
         assert combined is not None
         return list(combined.flattened)
+
+    def _holders(self) -> list[Any]:
+        """What may have random generators of its own: the model, its parts and the datamodule."""
+        datamodule = self._trainer.datamodule  # type: ignore[attr-defined]
+        return [*self._model.modules(), *([] if datamodule is None else [datamodule])]
+
+    def _samplers(self) -> list[Any]:
+        loaders = CombinedLoader(self._trainer.fit_loop._data_source.dataloader()).flattened
+        return [owner for loader in loaders for owner in (loader, getattr(loader, "sampler", None))]
 
     def _set(self, batch_size: Any) -> None:
         lightning_setattr(self._model, self._name, batch_size)
@@ -275,6 +308,12 @@ class BatchTrials:
             raise error
         self._failed = True
         free_failed(error)
+        # A process that goes on after the error is still inside Lightning's frames, which hold the batch.
+        self.error = error if self._trainer.world_size == 1 else error.with_traceback(None)
+
+    def explain(self) -> str:
+        """Return the error of the last trial in words, for the end of a message; empty if it had none."""
+        return "" if self.error is None else f" The last error was {type(self.error).__name__}: {self.error}"
 
     def _agreed(self, trial: Trial) -> Trial:
         """Return what the process that needed most has found."""

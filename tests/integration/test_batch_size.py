@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_actmem import ActMem, ActMemBatchSizeFinder, ActMemError, ActMemWarning
+from lightning_actmem import ActMem, ActMemBatchSizeFinder, ActMemError, ActMemWarning, plan
 from lightning_actmem.integration.batch_size import engine_of
 from lightning_actmem.integration.trials import BatchTrials
 from lightning_actmem.predict import Line, Trial
@@ -185,6 +186,81 @@ def test_training_after_it_is_training_without_it():
     torch.testing.assert_close(states[0][3], states[1][3], rtol=0, atol=0)
 
 
+class DrawingData(LightningDataModule):
+    """Draws from generators of its own: of the loader, of its sampler, and in ``train_dataloader`` itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_size = 8
+        self.mine = torch.Generator().manual_seed(5)
+        self.hidden = [torch.Generator().manual_seed(seed) for seed in (6, 7)]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        data = dataset(256 + int(torch.randint(0, 9, (), generator=self.mine)))
+        sampler = RandomSampler(data, generator=self.hidden[0])
+        return DataLoader(data, batch_size=self.batch_size, sampler=sampler, generator=self.hidden[1])
+
+
+class HoardingNet(Net):
+    """Keeps what it sees in plain containers, one of which it builds anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[Tensor] = []
+        self.by_batch: dict[int, int] = {-1: 0}
+        self.sizes: set[int] = set()
+        self.latest: list[int] = []
+        self.hooks: list[str] = []
+
+    def on_train_start(self) -> None:
+        self.hooks.append("start")
+
+    def on_train_end(self) -> None:
+        self.hooks.append("end")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.losses.append(loss.detach())
+        self.by_batch[batch_idx] = len(batch[0])
+        self.sizes.add(len(batch[0]))
+        self.latest = [batch_idx]
+        return loss
+
+
+def test_plain_containers_have_nothing_of_the_trials():
+    model = HoardingNet()
+    losses, latest = model.losses, model.latest
+    fit(model, callbacks=[ActMemBatchSizeFinder("1MiB", max_batch_size=16)], max_steps=2)
+    assert model.losses is losses
+    assert len(losses) == 2
+    assert model.by_batch == {-1: 0, 0: 16, 1: 16}
+    assert model.sizes == {16}
+    assert latest == []
+    assert model.latest == [1]
+    assert model.hooks == ["start", "end"]
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+@pytest.mark.parametrize("index", [0, 1, 2], ids=["datamodule", "sampler", "loader"])
+def test_own_generators_go_on_as_without_it(index):
+    states = []
+    for callbacks in ([ActMemBatchSizeFinder("1MiB", max_batch_size=8)], []):
+        model, data = Net(), DrawingData()
+        new_trainer(callbacks=callbacks, max_steps=2).fit(model, datamodule=data)
+        states.append([data.mine, *data.hidden][index].get_state())
+    assert torch.equal(*states)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+def test_a_plan_draws_nothing_from_own_generators():
+    data = DrawingData()
+    before = [generator.get_state() for generator in (data.mine, *data.hidden)]
+    plan(Net(), data, bits=(4,), trace=(8, 16))
+    assert all(
+        torch.equal(*pair) for pair in zip(before, (g.get_state() for g in (data.mine, *data.hidden)), strict=True)
+    )
+
+
 def test_manual_optimisation(tmp_path):
     class SizedManualNet(ManualNet):
         sizes: list[int]
@@ -259,6 +335,19 @@ def test_an_error_in_a_trial_is_no_lack_of_memory():
         trainer.fit(model)
     assert model.batch_size == 8
     assert is_untouched(trainer)
+
+
+def test_a_bug_that_reads_like_lack_of_memory_is_named():
+    class Broken(SizedNet):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            raise RuntimeError("my table is out of memory cells")
+
+    trainer = new_trainer(callbacks=[ActMemBatchSizeFinder("1MiB")])
+    with pytest.raises(ActMemError, match=r"not even one sample .* RuntimeError: my table is out of") as caught:
+        trainer.fit(Broken())
+    cause = caught.value.__cause__
+    assert isinstance(cause, RuntimeError)
+    assert "training_step" in [frame.name for frame in traceback.extract_tb(cause.__traceback__)]
 
 
 @pytest.mark.slow
@@ -393,11 +482,25 @@ def test_memory_that_does_not_grow_with_the_batch():
         ({"start": 0}, "start must be 1 or more, got 0"),
         ({"max_trials": 2}, "max_trials must be 3 or more, got 2"),
         ({"margin": 1.0}, "margin must be a share"),
-        ({"budget": "much"}, "such as '4GiB'"),
+        ({"budget": "much"}, "like '4GiB'"),
     ],
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
+        ActMemBatchSizeFinder(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"start": "8"}, "start must be a whole number, got '8'"),
+        ({"start": True}, "start must be a whole number, got True"),
+        ({"max_batch_size": 8.5}, "max_batch_size must be a whole number, got 8.5"),
+        ({"margin": "0.1"}, "margin must be a number, got '0.1'"),
+    ],
+)
+def test_arguments_of_a_wrong_type(arguments, message):
+    with pytest.raises(TypeError, match=message):
         ActMemBatchSizeFinder(**arguments)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from torch import nn
 
 from lightning_actmem import ActMem, ActMemError, plan
@@ -40,6 +41,21 @@ class Relu(Mlp):
         self.net = nn.Sequential(
             nn.Linear(FEATURES, WIDTH), nn.ReLU(), first, nn.Dropout(0.1), second, nn.ReLU(), nn.Linear(WIDTH, CLASSES)
         )
+
+
+class NoData(LightningModule):
+    """Without any data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_size = BATCH
+        self.net = nn.Linear(1, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.net(batch)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 @pytest.mark.slow
@@ -122,15 +138,28 @@ def test_a_figure_has_a_line_for_each_method(tmp_path, monkeypatch):
     ("arguments", "error", "message"),
     [
         ({"trace": (64, 32)}, ValueError, "two batch sizes, the smaller one first, got \\[64, 32\\]"),
+        ({"trace": (32,)}, ValueError, "exactly two batch sizes, .* got \\[32\\]"),
+        ({"trace": (8, 16, 32)}, ValueError, "exactly two batch sizes, .* got \\[8, 16, 32\\]"),
+        ({"batch_size": 0}, ValueError, "batch_size must be 1 or more, got 0"),
         ({"trace": (32, 4096)}, ActMemError, "within the 2048 samples of the data"),
         ({"checkpointed": ["nothing"]}, ValueError, "must match submodules of the model, got \\['nothing'\\]"),
-        ({"budget": "lots"}, ValueError, "such as '4GiB'"),
+        ({"budget": "lots"}, ValueError, "like '4GiB'"),
         ({"batch_arg_name": "samples_per_step"}, ActMemError, "attribute 'samples_per_step'"),
     ],
 )
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         plan(Mlp(depth=1), bits=(), **arguments)
+
+
+def test_the_error_by_which_memory_ran_out_is_named():
+    class Broken(Mlp):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            raise RuntimeError("my table is out of memory cells")
+
+    with pytest.raises(ActMemError, match=r"ran out with the small batches .* RuntimeError: my table is") as caught:
+        plan(Broken(depth=1), bits=())
+    assert isinstance(caught.value.__cause__, RuntimeError)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -150,10 +179,11 @@ class TestCommandLine:
         path.write_text(
             f"trainer: {{devices: 8}}\nmodel: {{class_path: {self.MODEL}, init_args: {{batch_size: 96}}}}\n"
         )
-        main(["plan", "--config", str(path), "--bits", "2", "--budget", "1GiB"])
+        main(["plan", "--config", str(path), "--bits", "2", "--budget", "1073741824"])
         out = capsys.readouterr().out
         assert "batch size 96" in out
         assert "2 bits" in out
+        assert "largest batch in 1.0 GiB" in out
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -161,9 +191,29 @@ class TestCommandLine:
             ([], "a model is needed"),
             (["--model", "no.such.Model"], "no.such.Model"),
             (["--model", MODEL, "--budget", "1KB", "--trace", "9", "3"], "the smaller one first"),
+            (["--model", MODEL, "--batch-size", "-3"], "batch_size must be 1 or more, got -3"),
+            (["--model", "tests.integration.test_plan.NoData"], "train_dataloader"),
+            (["--model", MODEL, "--model.depth", "1", "--bits", "8", "--json", "."], "Is a directory"),
+            (["--config", "."], "Is a directory"),
         ],
     )
     def test_errors_are_one_line(self, arguments, message, capsys):
         with pytest.raises(SystemExit):
             main(["plan", *arguments])
+        assert message in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("- model\n", "must have sections such as `model` and `data`, got a list"),
+            ("model: {class_path: [\n", "while parsing a flow"),
+            ("model: ${nowhere}\n", "nowhere"),
+            ("3\n", "error: Invalid loaded object type"),
+        ],
+    )
+    def test_a_bad_configuration_is_an_error_line(self, text, message, capsys, tmp_path):
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        with pytest.raises(SystemExit):
+            main(["plan", "--config", str(path)])
         assert message in capsys.readouterr().err
