@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning_utilities.core import rank_zero as rank_zero_module
 from torch import Generator, nn
 from torchmetrics import Metric
-
-_LIGHTNING_SAYS = logging.getLogger("lightning.pytorch.utilities.rank_zero")
 
 
 @contextmanager
@@ -151,9 +150,11 @@ def quiet_trainer(trainer: Trainer) -> Iterator[None]:
 @contextmanager
 def silent_lightning() -> Iterator[None]:
     """Keep Lightning from reporting the end of every trial as the end of training."""
-    level = _LIGHTNING_SAYS.level
-    _LIGHTNING_SAYS.setLevel(logging.WARNING)
+    # Whichever of Lightning's two packages was imported last has put its own logger there.
+    log: logging.Logger = rank_zero_module.log
+    level = log.level
+    log.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        _LIGHTNING_SAYS.setLevel(level)
+        log.setLevel(level)

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
+from lightning_utilities.core import rank_zero as rank_zero_module
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from torchmetrics.classification import MulticlassAccuracy
@@ -312,7 +313,7 @@ def test_the_batch_size_of_a_datamodule_and_of_hparams():
 
 
 def test_it_says_what_it_did(caplog):
-    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+    with caplog.at_level("INFO", logger=rank_zero_module.log.name):
         finder = ActMemBatchSizeFinder("1MiB")
         fit(SizedNet(), callbacks=[ActMem(**PACK_ALL), finder], max_steps=1)
     (line,) = [record.message for record in caplog.records if "ActMemBatchSizeFinder" in record.message]
