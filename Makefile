@@ -52,7 +52,7 @@ test: $(STAMP)
 
 # 5 is pytest's exit code for "no test selected": none of them has to be slow.
 test-slow: $(STAMP)
-	@$(PY) -m pytest -m "slow and not gpu" $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	@$(PY) -m pytest -n auto -m "slow and not gpu" $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 test-gpu: $(STAMP)
 	@$(PY) -m pytest -m gpu $(PYTEST_ARGS) || [ $$? -eq 5 ]

@@ -22,7 +22,7 @@ if not HAS_CUDA:
     # Before anything imports triton: it decides once, when a kernel is defined, whether to interpret it.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # two workers share two cores
 tqdm.tqdm.monitor_interval = 0  # the first progress bar would start a monitor thread that never ends
 
 # Without a deadline: the first example pays for imports and compilation. The same examples in every run.
