@@ -16,13 +16,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..noise import noise_of, words_by_chunk
+from ..noise import noise_of
 from .bits import pack, unpack
-from .chunks import group_chunks, group_count, groups_of, load_groups, store
-from .compiled import run
+from .chunks import store
 from .exponent import NO_SCALE, exponent_bytes, inverse, scale
-from .memory import empty
-from .uniform import MAGIC
+from .grouped import MAGIC, decode_by_chunk, empty_codes, encode_by_chunk, rounded
 
 
 def largest_mantissa(bits: int) -> int:
@@ -43,13 +41,9 @@ def encode(flat: Tensor, bits: int, group_size: int, rounding: str, key: int) ->
     Returns:
         Codes, uint8 [N, b, G/8], and exponents, uint8 [N].
     """
-    groups = group_count(flat.numel(), group_size)
-    codes = torch.empty(groups, bits, group_size // 8, dtype=torch.uint8, device=flat.device)
-    exponents = torch.empty(groups, dtype=torch.uint8, device=flat.device)
-    chunks = group_chunks(flat.numel(), group_size, flat.device)
-    for first, last, words in words_by_chunk(key, chunks, flat.device):
-        x = load_groups(flat, first, last, group_size)
-        codes[first:last], exponents[first:last] = run(encode_groups, (x, words), (bits, rounding), x.numel())
+    codes = empty_codes(flat, bits, group_size)
+    exponents = codes.new_empty(len(codes))
+    encode_by_chunk(encode_groups, (bits, rounding), flat, group_size, key, (codes, exponents))
     return codes, exponents
 
 
@@ -70,12 +64,7 @@ def decode(
     Returns:
         1-D tensor of n elements.
     """
-    group_size = 8 * codes.shape[2]
-    flat = empty(numel, dtype, codes.device)
-    for first, last, words in words_by_chunk(key, group_chunks(numel, group_size, codes.device), codes.device):
-        with groups_of(flat, first, last, group_size) as out:
-            run(decode_groups, (codes[first:last], exponents[first:last], words, out), (bits, rounding), out.numel())
-    return flat
+    return decode_by_chunk(decode_groups, (bits, rounding), (codes, exponents), key, numel, dtype)
 
 
 def encode_groups(x: Tensor, words: Tensor, bits: int, rounding: str) -> tuple[Tensor, Tensor]:
@@ -83,10 +72,9 @@ def encode_groups(x: Tensor, words: Tensor, bits: int, rounding: str) -> tuple[T
     x = x.to(torch.float32)
     top = largest_mantissa(bits)
     exponents = exponent_bytes(x, top)
-    # The magic number leaves v + 256 L in the low half of the mantissa; the product is exact.
-    v = (x * inverse(exponents, 8)).add_(MAGIC + 256 * top).view(torch.int32)
-    v.add_(128 if rounding == "nearest" else noise_of(words, x.shape[1]))
-    codes = pack(v.bitwise_right_shift_(8).to(torch.uint8), bits)
+    # v + 256 L is not negative; the product is exact.
+    v = (x * inverse(exponents, 8)).add_(MAGIC + 256 * top)
+    codes = pack(rounded(v, words, rounding), bits)
     # A group without a step stores zeros.
     return codes.mul_((exponents < NO_SCALE).view(-1, 1, 1)), exponents
 

@@ -15,12 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..noise import noise_of, words_by_chunk
+from ..noise import noise_of
 from .bits import pack, unpack
-from .chunks import group_chunks, group_count, groups_of, load_groups, store
-from .compiled import run
-from .memory import empty
-from .uniform import MAGIC
+from .chunks import store
+from .grouped import MAGIC, decode_by_chunk, empty_codes, encode_by_chunk, rounded
 
 
 class Grid(NamedTuple):
@@ -65,13 +63,9 @@ def encode(flat: Tensor, bits: int, group_size: int, low: float, high: float, ro
     Returns:
         Codes, uint8 [N, b, G/8].
     """
-    groups = group_count(flat.numel(), group_size)
-    grid = Grid.of(low, high, bits, rounding)
-    codes = torch.empty(groups, bits, group_size // 8, dtype=torch.uint8, device=flat.device)
-    chunks = group_chunks(flat.numel(), group_size, flat.device)
-    for first, last, words in words_by_chunk(key, chunks, flat.device):
-        x = load_groups(flat, first, last, group_size)
-        codes[first:last] = run(encode_groups, (x, words), (grid, bits, rounding), x.numel())
+    codes = empty_codes(flat, bits, group_size)
+    constants = (Grid.of(low, high, bits, rounding), bits, rounding)
+    encode_by_chunk(encode_groups, constants, flat, group_size, key, (codes,))
     return codes
 
 
@@ -93,23 +87,17 @@ def decode(
     Returns:
         1-D tensor of n elements.
     """
-    group_size = 8 * codes.shape[2]
-    grid = Grid.of(low, high, bits, rounding)
-    flat = empty(numel, dtype, codes.device)
-    for first, last, words in words_by_chunk(key, group_chunks(numel, group_size, codes.device), codes.device):
-        with groups_of(flat, first, last, group_size) as out:
-            run(decode_groups, (codes[first:last], words, out), (grid, bits, rounding), out.numel())
-    return flat
+    constants = (Grid.of(low, high, bits, rounding), bits, rounding)
+    return decode_by_chunk(decode_groups, constants, (codes,), key, numel, dtype)
 
 
-def encode_groups(x: Tensor, words: Tensor, grid: Grid, bits: int, rounding: str) -> Tensor:
+def encode_groups(x: Tensor, words: Tensor, grid: Grid, bits: int, rounding: str) -> tuple[Tensor]:
     """Codes of groups x [R, G], which is not written to, with the words of `group_words`."""
     x = x.to(torch.float32)
     # NaN is not above low. At high, v is 256 times the top level exactly, once rounded to an integer.
     x = torch.where(x > grid.low, x, grid.low).clamp_(max=grid.high)
-    v = x.sub_(grid.low).mul_(grid.scale).add_(MAGIC).view(torch.int32)
-    v.add_(128 if rounding == "nearest" else noise_of(words, x.shape[1]))
-    return pack(v.bitwise_right_shift_(8).to(torch.uint8), bits)
+    v = x.sub_(grid.low).mul_(grid.scale).add_(MAGIC)
+    return (pack(rounded(v, words, rounding), bits),)
 
 
 def decode_groups(codes: Tensor, words: Tensor, out: Tensor, grid: Grid, bits: int, rounding: str) -> None:

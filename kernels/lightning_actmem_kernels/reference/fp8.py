@@ -21,10 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..noise import noise_of, words_by_chunk
-from .chunks import group_chunks, group_count, groups_of, load_groups, store
-from .compiled import run
+from ..noise import noise_of
+from .chunks import group_chunks, groups_of, store
 from .exponent import MAGNITUDE, NO_SCALE, exponent_bytes, inverse, scale
+from .grouped import empty_codes, encode_by_chunk
 from .memory import empty
 
 
@@ -78,14 +78,10 @@ def encode(flat: Tensor, name: str, group_size: int, rounding: str, key: int) ->
     Returns:
         Codes in order, uint8 [N, 8, G/8], and exponents, uint8 [N].
     """
-    groups = group_count(flat.numel(), group_size)
-    codes = torch.empty(groups, 8, group_size // 8, dtype=torch.uint8, device=flat.device)
-    exponents = torch.empty(groups, dtype=torch.uint8, device=flat.device)
-    chunks = group_chunks(flat.numel(), group_size, flat.device)
-    for first, last, words in words_by_chunk(key, chunks, flat.device):
-        x = load_groups(flat, first, last, group_size)
-        found, exponents[first:last] = run(encode_groups, (x, words), (name, rounding), x.numel())
-        codes[first:last] = found.view(last - first, 8, -1)
+    codes = empty_codes(flat, 8, group_size)
+    exponents = codes.new_empty(len(codes))
+    outputs = (codes.view(-1, group_size), exponents)
+    encode_by_chunk(encode_groups, (name, rounding), flat, group_size, key, outputs)
     return codes, exponents
 
 

@@ -15,13 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..noise import noise_of, words_by_chunk
+from ..noise import noise_of
 from .bf16 import inverse, step_bits
 from .bits import pack, unpack
-from .chunks import group_chunks, group_count, groups_of, load_groups, store
-from .compiled import run
-from .memory import empty
-from .uniform import MAGIC
+from .chunks import store
+from .grouped import MAGIC, decode_by_chunk, empty_codes, encode_by_chunk, rounded
 
 
 def encode(flat: Tensor, bits: int, group_size: int, rounding: str, key: int) -> tuple[Tensor, Tensor]:
@@ -37,13 +35,9 @@ def encode(flat: Tensor, bits: int, group_size: int, rounding: str, key: int) ->
     Returns:
         Codes, uint8 [N, b, G/8], and steps, int16 [N]: the bits of a bfloat16.
     """
-    groups = group_count(flat.numel(), group_size)
-    codes = torch.empty(groups, bits, group_size // 8, dtype=torch.uint8, device=flat.device)
-    steps = torch.empty(groups, dtype=torch.int16, device=flat.device)
-    chunks = group_chunks(flat.numel(), group_size, flat.device)
-    for first, last, words in words_by_chunk(key, chunks, flat.device):
-        x = load_groups(flat, first, last, group_size)
-        codes[first:last], steps[first:last] = run(encode_groups, (x, words), (bits, rounding), x.numel())
+    codes = empty_codes(flat, bits, group_size)
+    steps = codes.new_empty(len(codes), dtype=torch.int16)
+    encode_by_chunk(encode_groups, (bits, rounding), flat, group_size, key, (codes, steps))
     return codes, steps
 
 
@@ -62,12 +56,7 @@ def decode(codes: Tensor, steps: Tensor, bits: int, rounding: str, key: int, num
     Returns:
         1-D tensor of n elements.
     """
-    group_size = 8 * codes.shape[2]
-    flat = empty(numel, dtype, codes.device)
-    for first, last, words in words_by_chunk(key, group_chunks(numel, group_size, codes.device), codes.device):
-        with groups_of(flat, first, last, group_size) as out:
-            run(decode_groups, (codes[first:last], steps[first:last], words, out), (bits, rounding), out.numel())
-    return flat
+    return decode_by_chunk(decode_groups, (bits, rounding), (codes, steps), key, numel, dtype)
 
 
 def encode_groups(x: Tensor, words: Tensor, bits: int, rounding: str) -> tuple[Tensor, Tensor]:
@@ -77,9 +66,8 @@ def encode_groups(x: Tensor, words: Tensor, bits: int, rounding: str) -> tuple[T
     step = _step(steps)
     # As in uniform.py. Positive values take the magic number of level 1, and zero stays below it whatever the noise.
     v = (x * inverse(step).mul_(256.0)).add_(MAGIC + 256.0)
-    v = torch.where(x > 0, v, MAGIC).view(torch.int32)
-    v.add_(128 if rounding == "nearest" else noise_of(words, x.shape[1]))
-    codes = pack(v.bitwise_right_shift_(8).to(torch.uint8), bits)
+    v = torch.where(x > 0, v, MAGIC)
+    codes = pack(rounded(v, words, rounding), bits)
     # A group without a step stores zeros.
     return codes.mul_((step == step).unsqueeze(2)), steps
 

@@ -25,7 +25,8 @@ from torch import Tensor
 from ..noise import sign_bytes
 from .bf16 import round_nearest
 from .bits import pack, unpack
-from .chunks import group_chunks, group_count, groups_of, load_groups, store
+from .chunks import group_chunks, groups_of, load_groups, store
+from .grouped import empty_codes
 from .memory import empty
 
 # Magnitudes of the levels for N(0, 1); a code is their index with the sign of z above it.
@@ -56,9 +57,8 @@ def encode(flat: Tensor, bits: int, group_size: int, centre: bool, key: int) -> 
     Returns:
         Codes, uint8 [N, b, G/8], and int16 [N, 1 + centre], the bits of bfloat16: scale S and, if asked for, the mean.
     """
-    groups = group_count(flat.numel(), group_size)
-    codes = torch.empty(groups, bits, group_size // 8, dtype=torch.uint8, device=flat.device)
-    scales = torch.empty(groups, 1 + centre, dtype=torch.int16, device=flat.device)
+    codes = empty_codes(flat, bits, group_size)
+    scales = codes.new_empty(len(codes), 1 + centre, dtype=torch.int16)
     for first, last in group_chunks(flat.numel(), group_size, flat.device):
         # Groups in columns: every butterfly and every sum then runs along contiguous rows.
         x = (

@@ -15,14 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..noise import noise_of, words_by_chunk
+from ..noise import noise_of
 from .bf16 import HIGH_HALF, LOW_HALF, inverse, round_down, step_bits
 from .bits import pack, unpack
-from .chunks import group_chunks, group_count, groups_of, load_groups, store
-from .compiled import run
-from .memory import empty
-
-MAGIC = 2.0**23  # added to a float32 from 0 to 2**22, it rounds it to an integer in the low bits
+from .chunks import store
+from .grouped import MAGIC, decode_by_chunk, empty_codes, encode_by_chunk, rounded
 
 
 def encode(flat: Tensor, bits: int, group_size: int, rounding: str, key: int) -> tuple[Tensor, Tensor]:
@@ -38,13 +35,9 @@ def encode(flat: Tensor, bits: int, group_size: int, rounding: str, key: int) ->
     Returns:
         Codes, uint8 [N, b, G/8], and grids, int32 [N]: bfloat16 step in the high half, bfloat16 minimum in the low.
     """
-    groups = group_count(flat.numel(), group_size)
-    codes = torch.empty(groups, bits, group_size // 8, dtype=torch.uint8, device=flat.device)
-    grids = torch.empty(groups, dtype=torch.int32, device=flat.device)
-    chunks = group_chunks(flat.numel(), group_size, flat.device)
-    for first, last, words in words_by_chunk(key, chunks, flat.device):
-        x = load_groups(flat, first, last, group_size)
-        codes[first:last], grids[first:last] = run(encode_groups, (x, words), (bits, rounding), x.numel())
+    codes = empty_codes(flat, bits, group_size)
+    grids = codes.new_empty(len(codes), dtype=torch.int32)
+    encode_by_chunk(encode_groups, (bits, rounding), flat, group_size, key, (codes, grids))
     return codes, grids
 
 
@@ -63,12 +56,7 @@ def decode(codes: Tensor, grids: Tensor, bits: int, rounding: str, key: int, num
     Returns:
         1-D tensor of n elements.
     """
-    group_size = 8 * codes.shape[2]
-    flat = empty(numel, dtype, codes.device)
-    for first, last, words in words_by_chunk(key, group_chunks(numel, group_size, codes.device), codes.device):
-        with groups_of(flat, first, last, group_size) as out:
-            run(decode_groups, (codes[first:last], grids[first:last], words, out), (bits, rounding), out.numel())
-    return flat
+    return decode_by_chunk(decode_groups, (bits, rounding), (codes, grids), key, numel, dtype)
 
 
 def encode_groups(x: Tensor, words: Tensor, bits: int, rounding: str) -> tuple[Tensor, Tensor]:
@@ -76,11 +64,10 @@ def encode_groups(x: Tensor, words: Tensor, bits: int, rounding: str) -> tuple[T
     x = x.to(torch.float32)
     grids = _grid(x, bits)
     step, lo = _step_and_minimum(grids)
-    # The magic number leaves v in the low half of the mantissa. No clamp is needed: four roundings at most take v
-    # above the top level (by 0.03), which the rounding to nearest takes back, so v + r < 256 * 2**bits.
-    v = (x - lo).mul_(inverse(step).mul_(256.0)).add_(MAGIC).view(torch.int32)
-    v.add_(128 if rounding == "nearest" else noise_of(words, x.shape[1]))
-    codes = pack(v.bitwise_right_shift_(8).to(torch.uint8), bits)
+    # No clamp is needed: four roundings at most take v above the top level (by 0.03), which the rounding to nearest
+    # takes back, so v + r < 256 * 2**bits.
+    v = (x - lo).mul_(inverse(step).mul_(256.0)).add_(MAGIC)
+    codes = pack(rounded(v, words, rounding), bits)
     # A group without a grid stores zeros.
     return codes.mul_((step == step).unsqueeze(2)), grids
 

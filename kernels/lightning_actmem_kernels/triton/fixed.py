@@ -9,9 +9,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.chunks import group_count
 from ..reference.fixed import Grid
-from .lanes import MAGIC, MAGIC_UPPER, join_quads, lanes_of, load_lanes, lower_half, packed, upper_half
+from ..reference.grouped import empty_codes
+from .lanes import (
+    HALVES,
+    MAGIC,
+    MAGIC_UPPER,
+    add_noise,
+    join_quads,
+    lanes_of,
+    less_noise,
+    load_lanes,
+    lower_half,
+    store_lanes,
+    upper_half,
+)
 from .launch import code_words, launch_tiles
 from .noise import group_noise, noise_word
 from .values import groups_of_tile, load_quads, store_float
@@ -19,8 +31,7 @@ from .values import groups_of_tile, load_quads, store_float
 
 def encode(flat: Tensor, bits: int, group_size: int, low: float, high: float, rounding: str, key: int) -> Tensor:
     """As `reference.fixed.encode`."""
-    groups = group_count(flat.numel(), group_size)
-    codes = torch.empty(groups, bits, group_size // 8, dtype=torch.uint8, device=flat.device)
+    codes = empty_codes(flat, bits, group_size)
     grid = Grid.of(low, high, bits, rounding)
     arguments = (flat, code_words(codes), flat.numel(), key, grid.low, grid.high, grid.scale)
     constants = (bits, group_size, rounding == "nearest")
@@ -68,11 +79,12 @@ def _encode(
     WIDTH: tl.constexpr = GROUP_SIZE // (8 * PARTS)
     QUADS: tl.constexpr = WIDTH // 4
     group, stored = groups_of_tile(first_tile, numel, GROUP_SIZE, ROWS)
+    mask = stored[:, None]
     for PART in tl.static_range(PARTS):
         if not NEAREST:
             x0, x1, x2, x3 = load_quads(flat_ptr, group, PART * WIDTH, numel, GROUP_SIZE, WIDTH, RAGGED, True)
             a0, c0, a1, c1 = group_noise(key, group, x0.to(tl.int32, bitcast=True), PART * QUADS)
-        byte = tl.zeros((ROWS, QUADS), tl.int32)
+        word = tl.zeros((ROWS, QUADS), tl.int32)
         codes = group[:, None] * (GROUP_SIZE * BITS // 32) + PART * QUADS + tl.arange(0, QUADS)[None, :]
         for S in tl.static_range(8):
             x0, x1, x2, x3 = load_quads(
@@ -81,17 +93,10 @@ def _encode(
             even = lanes_of(_fixed_point(x0, low, high, scale, MAGIC), _fixed_point(x2, low, high, scale, MAGIC_UPPER))
             odd = lanes_of(_fixed_point(x1, low, high, scale, MAGIC), _fixed_point(x3, low, high, scale, MAGIC_UPPER))
             if NEAREST:
-                even += 0x00800080
-                odd += 0x00800080
+                even, odd = even + HALVES, odd + HALVES
             else:
-                noise = noise_word(a0, c0, a1, c1, S)
-                even += (noise & 0x00FF00FF).to(tl.int32)
-                odd += ((noise >> 8) & 0x00FF00FF).to(tl.int32)
-            byte |= packed(even, odd, BITS * S % 8, BITS)
-            if BITS * S % 8 + BITS >= 8:
-                row = codes + (BITS * S // 8) * (GROUP_SIZE // 32)
-                tl.store(codes_ptr + row, byte, stored[:, None])
-                byte = packed(even, odd, BITS * S % 8 - 8, BITS)
+                even, odd = add_noise(even, odd, noise_word(a0, c0, a1, c1, S))
+            word = store_lanes(codes_ptr, codes, word, even, odd, mask, mask, S, BITS, GROUP_SIZE // 32)
 
 
 @triton.jit(do_not_specialize=["numel", "key", "factor", "offset", "first_tile"])
@@ -121,9 +126,7 @@ def _decode(
             if DITHER and S == 0:
                 a0, c0, a1, c1 = group_noise(key, group, even, PART * QUADS)
             if DITHER:
-                noise = noise_word(a0, c0, a1, c1, S)
-                even |= (noise & 0x00FF00FF).to(tl.int32) ^ 0x00FF00FF
-                odd |= ((noise >> 8) & 0x00FF00FF).to(tl.int32) ^ 0x00FF00FF
+                even, odd = less_noise(even, odd, noise_word(a0, c0, a1, c1, S))
             else:
                 even = (even >> 8) & 0x00FF00FF
                 odd = (odd >> 8) & 0x00FF00FF

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.chunks import group_count
 from ..reference.exponent import MAGNITUDE, NO_SCALE, carry_and_shift
 from ..reference.fp8 import FORMATS
+from ..reference.grouped import empty_codes
 from .exponent import exponent_byte, inverse, largest_magnitude, scale
 from .launch import code_words, launch_tiles
 from .noise import group_noise, noise_word
@@ -27,9 +27,9 @@ _NO_SCALE = tl.constexpr(NO_SCALE)
 
 def encode(flat: Tensor, name: str, group_size: int, rounding: str, key: int) -> tuple[Tensor, Tensor]:
     """As `reference.fp8.encode`."""
-    groups, form = group_count(flat.numel(), group_size), FORMATS[name]
-    codes = torch.empty(groups, 8, group_size // 8, dtype=torch.uint8, device=flat.device)
-    exponents = torch.empty(groups, dtype=torch.uint8, device=flat.device)
+    form = FORMATS[name]
+    codes = empty_codes(flat, 8, group_size)
+    exponents = codes.new_empty(len(codes))
     constants = (group_size, rounding == "nearest", form.mantissa, form.bias, *carry_and_shift(form.largest))
     arguments = (flat, code_words(codes), exponents, flat.numel(), key)
     launch_tiles(_encode, arguments, constants, flat.numel(), group_size, reads_pairs=True)

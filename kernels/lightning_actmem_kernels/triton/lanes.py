@@ -12,7 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-MAGIC = tl.constexpr(2.0**23)  # see reference/uniform.py
+MAGIC = tl.constexpr(2.0**23)  # see reference/grouped.py
+HALVES = tl.constexpr(0x00800080)  # 1/2 in both, to round to nearest
 # Shifted up, the bits of MAGIC + n leave n; in the upper half it meets the upper half of the lower one's magic number,
 # 0x4B00, which this offset of the number that goes there takes off again.
 MAGIC_UPPER = tl.constexpr(2.0**23 + 0x10000 - 0x4B00)
@@ -97,3 +98,42 @@ def load_lanes(
         even |= even_rest
         odd |= odd_rest
     return even, odd
+
+
+@triton.jit
+def add_noise(even: tl.tensor, odd: tl.tensor, word: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """Fixed-point numbers plus the bytes of a noise word: what is then cut off rounds up in proportion."""
+    return even + (word & 0x00FF00FF).to(tl.int32), odd + ((word >> 8) & 0x00FF00FF).to(tl.int32)
+
+
+@triton.jit
+def less_noise(even: tl.tensor, odd: tl.tensor, word: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """Codes q with 255 - r below, of the bytes r of a noise word: 256 q + 255 - r."""
+    even |= (word & 0x00FF00FF).to(tl.int32) ^ 0x00FF00FF
+    odd |= ((word >> 8) & 0x00FF00FF).to(tl.int32) ^ 0x00FF00FF
+    return even, odd
+
+
+@triton.jit
+def store_lanes(
+    ptr: tl.tensor,
+    offsets: tl.tensor,
+    word: tl.tensor,
+    even: tl.tensor,
+    odd: tl.tensor,
+    sound: tl.tensor,
+    mask: tl.tensor,
+    S: tl.constexpr,
+    BITS: tl.constexpr,
+    ROW: tl.constexpr,
+) -> tl.tensor:
+    """Put the codes of sub-block S into rows of ROW words: zeros where not `sound`. The inverse of `load_lanes`.
+
+    Returns what has not filled a row yet, to be given as `word` with the next sub-block; zeros at first.
+    """
+    SHIFT: tl.constexpr = BITS * S % 8
+    word |= packed(even, odd, SHIFT, BITS)
+    if SHIFT + BITS >= 8:
+        tl.store(ptr + offsets + (BITS * S // 8) * ROW, tl.where(sound, word, 0), mask)
+        word = packed(even, odd, SHIFT - 8, BITS)
+    return word

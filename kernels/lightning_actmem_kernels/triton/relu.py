@@ -10,8 +10,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.bf16 import reciprocal_below
-from ..reference.chunks import group_count
-from .lanes import MAGIC, MAGIC_UPPER, join_quads, lanes_of, load_lanes, lower_half, packed, upper_half
+from ..reference.grouped import empty_codes
+from .lanes import (
+    HALVES,
+    MAGIC,
+    MAGIC_UPPER,
+    add_noise,
+    join_quads,
+    lanes_of,
+    less_noise,
+    load_lanes,
+    lower_half,
+    store_lanes,
+    upper_half,
+)
 from .launch import code_words, launch_tiles
 from .noise import group_noise, noise_word
 from .values import groups_of_tile, inverse, is_finite, load_float, load_quads, step_bits, store_float
@@ -19,9 +31,8 @@ from .values import groups_of_tile, inverse, is_finite, load_float, load_quads, 
 
 def encode(flat: Tensor, bits: int, group_size: int, rounding: str, key: int) -> tuple[Tensor, Tensor]:
     """As `reference.relu.encode`."""
-    groups = group_count(flat.numel(), group_size)
-    codes = torch.empty(groups, bits, group_size // 8, dtype=torch.uint8, device=flat.device)
-    steps = torch.empty(groups, dtype=torch.int16, device=flat.device)
+    codes = empty_codes(flat, bits, group_size)
+    steps = codes.new_empty(len(codes), dtype=torch.int16)
     arguments = (flat, code_words(codes), steps, flat.numel(), key)
     constants = (bits, reciprocal_below((1 << bits) - 2), group_size, rounding == "nearest")
     launch_tiles(_encode, arguments, constants, flat.numel(), group_size, reads_pairs=True)
@@ -74,7 +85,7 @@ def _encode(
         if not NEAREST:
             x0, x1, x2, x3 = load_quads(flat_ptr, group, PART * WIDTH, numel, GROUP_SIZE, WIDTH, RAGGED, True)
             a0, c0, a1, c1 = group_noise(key, group, x0.to(tl.int32, bitcast=True), PART * QUADS)
-        byte = tl.zeros((ROWS, QUADS), tl.int32)
+        word = tl.zeros((ROWS, QUADS), tl.int32)
         codes = group[:, None] * (GROUP_SIZE * BITS // 32) + PART * QUADS + tl.arange(0, QUADS)[None, :]
         for S in tl.static_range(8):
             x0, x1, x2, x3 = load_quads(
@@ -83,17 +94,10 @@ def _encode(
             even = lanes_of(_fixed_point(x0, scale, MAGIC), _fixed_point(x2, scale, MAGIC_UPPER))
             odd = lanes_of(_fixed_point(x1, scale, MAGIC), _fixed_point(x3, scale, MAGIC_UPPER))
             if NEAREST:
-                even += 0x00800080
-                odd += 0x00800080
+                even, odd = even + HALVES, odd + HALVES
             else:
-                noise = noise_word(a0, c0, a1, c1, S)
-                even += (noise & 0x00FF00FF).to(tl.int32)
-                odd += ((noise >> 8) & 0x00FF00FF).to(tl.int32)
-            byte |= packed(even, odd, BITS * S % 8, BITS)
-            if BITS * S % 8 + BITS >= 8:
-                row = codes + (BITS * S // 8) * (GROUP_SIZE // 32)
-                tl.store(codes_ptr + row, tl.where(sound, byte, 0), stored[:, None])
-                byte = packed(even, odd, BITS * S % 8 - 8, BITS)
+                even, odd = add_noise(even, odd, noise_word(a0, c0, a1, c1, S))
+            word = store_lanes(codes_ptr, codes, word, even, odd, sound, stored[:, None], S, BITS, GROUP_SIZE // 32)
 
 
 @triton.jit(do_not_specialize=["numel", "key", "first_tile"])
@@ -132,9 +136,7 @@ def _decode(
             if DITHER and S == 0:
                 a0, c0, a1, c1 = group_noise(key, group, even, PART * QUADS)
             if DITHER:
-                noise = noise_word(a0, c0, a1, c1, S)
-                even |= (noise & 0x00FF00FF).to(tl.int32) ^ 0x00FF00FF
-                odd |= ((noise >> 8) & 0x00FF00FF).to(tl.int32) ^ 0x00FF00FF
+                even, odd = less_noise(even, odd, noise_word(a0, c0, a1, c1, S))
             x = join_quads(
                 _restored(lower_half(even), fine, shift, floor),
                 _restored(lower_half(odd), fine, shift, floor),

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.chunks import group_count
+from ..reference.grouped import empty_codes
 from ..reference.rotated import LEVELS, SQUARED_THRESHOLDS, TOO_LARGE_BITS
 from .hadamard import group_sum, hadamard
 from .launch import launch_tiles
@@ -25,9 +25,8 @@ _TOO_LARGE_BITS = tl.constexpr(TOO_LARGE_BITS)
 
 def encode(flat: Tensor, bits: int, group_size: int, centre: bool, key: int) -> tuple[Tensor, Tensor]:
     """As `reference.rotated.encode`."""
-    groups = group_count(flat.numel(), group_size)
-    codes = torch.empty(groups, bits, group_size // 8, dtype=torch.uint8, device=flat.device)
-    scales = torch.empty(groups, 1 + centre, dtype=torch.int16, device=flat.device)
+    codes = empty_codes(flat, bits, group_size)
+    scales = codes.new_empty(len(codes), 1 + centre, dtype=torch.int16)
     arguments = (flat, codes, scales, flat.numel(), key)
     constants = (bits, group_size, centre, *_tables(bits))
     launch_tiles(_encode, arguments, constants, flat.numel(), group_size, sub_blocks=8, reads_pairs=True)
