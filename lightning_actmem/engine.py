@@ -16,19 +16,19 @@ from torch import Tensor, nn
 from lightning_actmem_kernels import CodecSpec, resolve_backend
 
 from .adapt.adapter import Adapter
-from .adapt.choose import CodecChooser
 from .adapt.linear import COVERED, ClosedForm
 from .adapt.outputs import Outputs
 from .adapt.replay import Replay
 from .adapt.state import plan_of, plan_state
-from .config import LOSSLESS_BITS, ActMemConfig, ConfigLike
+from .codecs import chooser_of, codecs_of, layer_codecs
+from .config import ActMemConfig, ConfigLike
 from .errors import ActMemError, ActMemWarning
 from .methods import DerivativeChains, Gate, InvertedActivations
 from .report import StepReport, step_report
 from .saved.attention import recomputed_attention
 from .saved.borrowed import Borrowed
 from .saved.hooks import SavedTensorHooks
-from .saved.identify import Codecs, Identifier
+from .saved.identify import Identifier
 from .saved.ledger import Ledger
 from .saved.probe import Rounding
 from .saved.scope import LayerScope, is_compiled
@@ -37,10 +37,6 @@ from .saved.stack import HookStack, in_checkpoint
 from .saved.store import Store
 from .saved.tracker import OperationTracker
 
-_RELU_MIN_BITS = 2
-# At which widths a setting rotates. Measured on a GPT: half the gradient error of min-max groups at 2 bits, a quarter
-# at 1 bit, little less from 3 on.
-_ROTATED_BITS = {"auto": (1, 2), "measured": (1, 2), "rotated": (1, 2, 3, 4)}
 _METHODS: dict[str, type[DerivativeChains | InvertedActivations] | None] = {
     "derive": None,
     "derivative": DerivativeChains,
@@ -83,13 +79,13 @@ class ActMemEngine:
         self._store = Store(self._scope, self.ledger, _backend(self.config.backend))
         #: Chooses the bits of every site, if the settings ask for it.
         self.adapter = Adapter(self, self.config) if self.config.adapts else None
-        self._chooser = None if self.adapter is not None else _chooser(self.config)
+        self._chooser = None if self.adapter is not None else chooser_of(self.config)
         self._store.watch = self._chooser if self.adapter is None else self.adapter.sizes
         self._identifier = Identifier(
-            _codecs(self.config, derive),
+            codecs_of(self.config, derive),
             self.config.min_elements,
             self.config.exact,
-            _other_codecs(self.config, derive),
+            layer_codecs(self.config, derive),
             self._tracker.declared,
         )
         self._store.keeps_width = self.adapter is not None
@@ -97,12 +93,9 @@ class ActMemEngine:
         self._stack = HookStack(self._hooks.pack, self._hooks.unpack, self._tracker)
         self._active = self._warned = False
         method = _METHODS[self.config.activations]
-        self._method = (
-            None
-            if method is None
-            else method(self._tracker, self._store, Gate(self._may_replace, self.config.min_elements))
-        )
-        if self._method is not None:
+        self._method = None
+        if method is not None:
+            self._method = method(self._tracker, self._store, Gate(self._may_replace, self.config.min_elements))
             self._tracker.replacements.update(self._method.replacements)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -336,65 +329,3 @@ def _backend(name: str) -> str | None:
     if name == "triton":
         resolve_backend("triton", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return name
-
-
-def _codecs(config: ActMemConfig, derive: bool) -> Codecs:
-    if config.bits == LOSSLESS_BITS:
-        return Codecs(None, None, smallest=derive)
-    if config.codec == "identity":
-        identity = CodecSpec("identity")
-        return Codecs(identity, identity)
-
-    def general(bits: int) -> CodecSpec | None:
-        if bits == LOSSLESS_BITS:
-            return None
-        codec = _codec(config.codec, bits)
-        # Keeping the mean apart costs 2 bytes per group: at equal bytes a ResNet's gradient error at 1 bit is 13 %
-        # lower, a GPT's the same.
-        return CodecSpec(codec, bits, config.group_size, config.rounding, centre=codec == "rotated")
-
-    # With any other code a ReLU would pass gradient where it must not. One bit would leave it its sign and no value.
-    relu = CodecSpec("relu", max(config.bits, _RELU_MIN_BITS), config.group_size, config.rounding)
-    return Codecs(
-        general=general(config.bits),
-        relu=relu,
-        attention=general(max(config.bits, config.attention_bits)) if derive else None,
-        loss=general(max(config.bits, config.loss_bits)),
-        smallest=True,
-        signed=_signed(general(config.bits), config) if derive else None,
-    )
-
-
-def _other_codecs(config: ActMemConfig, derive: bool) -> dict[str, Codecs]:
-    """Return the codecs of the layers that have bits of their own, by pattern."""
-    return {
-        pattern: _codecs(dataclasses.replace(config, bits=bits, layer_bits={}), derive)
-        for pattern, bits in config.layer_bits.items()
-    }
-
-
-def _codec(setting: str, bits: int) -> str:
-    """Return the codec of activations at this width."""
-    if setting not in _ROTATED_BITS:
-        return setting
-    return "rotated" if bits in _ROTATED_BITS[setting] else "uniform"
-
-
-def _chooser(config: ActMemConfig) -> CodecChooser | None:
-    if config.codec != "measured" or config.lossless:
-        return None
-    settings = (config.bits, config.attention_bits, config.loss_bits, config.group_size, config.rounding)
-    return CodecChooser(settings, None if config.backend == "auto" else config.backend)
-
-
-def _signed(spec: CodecSpec | None, config: ActMemConfig) -> CodecSpec | None:
-    """Return the codec for the input of a batch norm behind a ReLU: with its sign 2 bits in all.
-
-    Where bits adapt, any width may come, and keeps its bits behind the sign (`Store.keeps_width`).
-    """
-    behind = CodecSpec("rotated", 1, config.group_size, config.rounding, centre=True)
-    if config.adapts:
-        return behind if config.codec in _ROTATED_BITS else None
-    if spec is None or spec.codec != "rotated" or spec.bits > _RELU_MIN_BITS or config.codec == "measured":
-        return None
-    return behind

@@ -108,6 +108,11 @@ class CodecSpec:
         """Whether decode returns exactly what encode was given."""
         return self.codec in LOSSLESS
 
+    @property
+    def label(self) -> str:
+        """Codec and bits as reports name them (``"uniform-4"``), or ``"exact"`` for a copy."""
+        return "exact" if self.codec == "identity" else f"{self.codec}-{self.bits}"
+
     def stored_bytes(self, numel: int, dtype: torch.dtype) -> int:
         """Bytes of the payload: the sum of `nbytes` over what `encode` returns, metadata included.
 

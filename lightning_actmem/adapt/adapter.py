@@ -346,4 +346,4 @@ class Adapter:
 
 def name_of(spec: CodecSpec | None) -> str:
     """Return a codec's name as in the table (``"uniform-4"``, ``"exact"``)."""
-    return "exact" if spec is None else f"{spec.codec}-{spec.bits}"
+    return "exact" if spec is None else spec.label

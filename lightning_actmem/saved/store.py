@@ -152,7 +152,7 @@ class Store:
             held = Charge(self._ledger, saved_bytes=tensor.untyped_storage().nbytes())
             self._ledger.record(site, verdict.kind, "exact", declared.raw_bytes, held.saved_bytes, elements)
             return Kept(tensor, charge=held, others=declared.charges)
-        row = self._ledger.record(site, verdict.kind, _label(spec), declared.raw_bytes, 0, elements)
+        row = self._ledger.record(site, verdict.kind, spec.label, declared.raw_bytes, 0, elements)
         stream = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
         verdict = verdict._replace(declared=None)  # which holds the result, and so the node that holds the handle
         encode = partial(self._encode_late, tensor, verdict, site, row, spec, layout, stream)
@@ -245,7 +245,7 @@ class Store:
             raw, raw_bytes = self._raw_charge(tensor.untyped_storage(), entry)
         payload, saved_bytes = self._payload(site, tensor.dtype, raw)(layout.flatten(tensor), spec)
         elements = raw_bytes // tensor.element_size()
-        self._ledger.record(site, verdict.kind, _label(spec), raw_bytes, saved_bytes, elements)
+        self._ledger.record(site, verdict.kind, spec.label, raw_bytes, saved_bytes, elements)
         return entry.add(Geometry.of(tensor), layout, payload)
 
     def _wait_for_relu(
@@ -261,9 +261,7 @@ class Store:
         raw, raw_bytes = self._raw_charge(tensor.untyped_storage(), entry)
         encode = self._payload(site, tensor.dtype, raw)
         held = Charge(self._ledger, waiting_bytes=tensor.nbytes)
-        row = self._ledger.record(
-            site, verdict.kind, _label(specs[0]), raw_bytes, 0, raw_bytes // tensor.element_size()
-        )
+        row = self._ledger.record(site, verdict.kind, specs[0].label, raw_bytes, 0, raw_bytes // tensor.element_size())
         undecided = Undecided(tensor, layout, specs, encode, partial(_enter, row), held, self.cache)
         self._waiting.add(undecided)
         return entry.add(Geometry.of(tensor), layout, undecided)
@@ -313,10 +311,6 @@ def _is_no_smaller(spec: CodecSpec, layout: Layout, tensor: Tensor, storage: Unt
     return spec != IDENTITY and spec.stored_bytes(layout.numel, tensor.dtype) >= storage.nbytes()
 
 
-def _label(spec: CodecSpec) -> str:
-    return "exact" if spec.codec == "identity" else f"{spec.codec}-{spec.bits}"
-
-
 def _enter(row: SiteBytes, spec: CodecSpec, saved_bytes: int) -> None:
-    row.codec = _label(spec)
+    row.codec = spec.label
     row.saved_bytes += saved_bytes

@@ -9,8 +9,8 @@ import torch
 
 from lightning_actmem import ActMemConfig
 from lightning_actmem.adapt.candidates import candidates, references
+from lightning_actmem.codecs import codecs_of
 from lightning_actmem.config import CODECS
-from lightning_actmem.engine import _codecs
 from lightning_actmem.saved.probe import SiteUse
 from lightning_actmem_kernels import CodecSpec
 
@@ -20,7 +20,7 @@ def names(specs: list[CodecSpec]) -> list[str]:
 
 
 def use_of(config: ActMemConfig, kind: str = "packed") -> SiteUse:
-    general = _codecs(config, derive=True).general
+    general = codecs_of(config, derive=True).general
     assert general is not None
     return SiteUse(general, kind, torch.float32)
 
