@@ -55,6 +55,8 @@ class ActMemConfig:
         loss_bits: Least bits for what a loss saves; 32 keeps it exact.
         layer_bits: Bits of layers that have their own, by the patterns of ``exact``; the last that matches wins, and 32
             keeps floats exact.
+        layer_activations: What element-wise operations keep where that differs from ``activations``, likewise by
+            pattern: ``{"type:MLP": "derivative", "op:silu": "inverted"}``.
         exact: What stays exact: patterns of layer paths (``"encoder.0"`` and everything below it, ``"*.head"``), of
             classes (``"type:LayerNorm"``, likewise), or of operations (``"op:gelu"``).
         min_elements: Tensors with fewer elements than this stay as they are.
@@ -89,6 +91,7 @@ class ActMemConfig:
     attention_bits: int = 8
     loss_bits: int = 32
     layer_bits: dict[str, int] = field(default_factory=dict, hash=False)
+    layer_activations: dict[str, str] = field(default_factory=dict, hash=False)
     exact: tuple[str, ...] = ()
     min_elements: int = 1024
     adapt: Optional[bool] = None  # noqa: UP045
@@ -129,6 +132,7 @@ class ActMemConfig:
             raise TypeError(f"exact must be a list of patterns such as ['encoder.0', 'op:gelu'], got {self.exact!r}.")
         object.__setattr__(self, "exact", tuple(exact))
         self._check_layer_bits()
+        self._check_layer_activations()
         CodecSpec("uniform", bits=4, group_size=self.group_size)  # the kernels own the rule for group sizes
         self._check_adaptation()
 
@@ -182,9 +186,20 @@ class ActMemConfig:
             )
         object.__setattr__(self, "layer_bits", dict(given))
 
+    def _check_layer_activations(self) -> None:
+        given: Any = self.layer_activations
+        if not isinstance(given, Mapping) or not all(isinstance(pattern, str) for pattern in given):
+            raise TypeError(
+                f"layer_activations must map patterns to one of {', '.join(map(repr, ACTIVATIONS))}, such as "
+                f"{{'encoder.0': 'derivative'}}, got {given!r}."
+            )
+        for pattern, activations in given.items():
+            _check_choice(f"layer_activations[{pattern!r}]", activations, ACTIVATIONS)
+        object.__setattr__(self, "layer_activations", dict(given))
+
     @property
     def lossless(self) -> bool:
-        """Whether nothing is rounded: gradients are bit-equal to plain training unless ``activations`` is set."""
+        """Whether nothing is rounded: gradients are bit-equal to plain training unless ``activations`` are set."""
         return self.bits == LOSSLESS_BITS or self.codec == "identity"
 
     @classmethod

@@ -23,13 +23,14 @@ from .adapt.state import plan_of, plan_state
 from .codecs import chooser_of, codecs_of, layer_codecs
 from .config import ActMemConfig, ConfigLike
 from .errors import ActMemError, ActMemWarning
-from .methods import DerivativeChains, Gate, InvertedActivations
+from .methods import DerivativeChains, Gate, InvertedActivations, MethodsByPlace
 from .report import StepReport, step_report
 from .saved.attention import recomputed_attention
 from .saved.borrowed import Borrowed
 from .saved.hooks import SavedTensorHooks
 from .saved.identify import Identifier
 from .saved.ledger import Ledger
+from .saved.patterns import Patterns
 from .saved.probe import Rounding
 from .saved.scope import LayerScope, is_compiled
 from .saved.site import Site, mix64
@@ -37,8 +38,8 @@ from .saved.stack import HookStack, in_checkpoint
 from .saved.store import Store
 from .saved.tracker import OperationTracker
 
-_METHODS: dict[str, type[DerivativeChains | InvertedActivations] | None] = {
-    "derive": None,
+# "derive" is none of these: nothing replaces the operation then.
+_METHODS: dict[str, type[DerivativeChains | InvertedActivations]] = {
     "derivative": DerivativeChains,
     "inverted": InvertedActivations,
 }
@@ -92,11 +93,12 @@ class ActMemEngine:
         self._hooks = SavedTensorHooks(self._tracker, self._scope, self._store, self._identifier, derive)
         self._stack = HookStack(self._hooks.pack, self._hooks.unpack, self._tracker)
         self._active = self._warned = False
-        method = _METHODS[self.config.activations]
-        self._method = None
-        if method is not None:
-            self._method = method(self._tracker, self._store, Gate(self._may_replace, self.config.min_elements))
-            self._tracker.replacements.update(self._method.replacements)
+        self._activations = Patterns(self.config.layer_activations)
+        gate = Gate(self._may_replace, self.config.min_elements)
+        used = {self.config.activations, *self.config.layer_activations.values()}
+        methods = {name: method(self._tracker, self._store, gate) for name, method in _METHODS.items() if name in used}
+        self._methods = MethodsByPlace(methods, self._activation_method)
+        self._tracker.replacements.update(self._methods.replacements)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel to another process as settings and state: hooks and what they refer to are made anew there."""
@@ -145,8 +147,7 @@ class ActMemEngine:
             with ExitStack() as ends:  # each runs whatever the others do
                 if self.adapter is not None:
                     ends.callback(self.adapter.sizes.end_step, self.ledger)
-                if self._method is not None:
-                    ends.callback(self._method.end_step)
+                ends.callback(self._methods.end_step)
                 ends.callback(self._hooks.end_step)
 
     def paused(self) -> AbstractContextManager[None]:
@@ -266,6 +267,7 @@ class ActMemEngine:
 
     def _name_classes(self, classes: dict[str, str]) -> None:
         self._identifier.name_classes(classes)
+        self._activations.name_classes(classes)
 
     @contextmanager
     def _suspended(self) -> Iterator[None]:
@@ -284,6 +286,10 @@ class ActMemEngine:
     def _may_replace(self, operation: str) -> bool:
         """Whether what an operation saves comes to these hooks, and may be rounded."""
         return self._stack.is_innermost() and not self._identifier.keeps(operation, self._scope.stack[-1])
+
+    def _activation_method(self, operation: str) -> str:
+        """Return what an operation keeps where the model is now: one of `config.ACTIVATIONS`."""
+        return self._activations.find(self._scope.stack[-1].layer, operation) or self.config.activations
 
     def _is_wholly_compiled(self, module: nn.Module | None) -> bool:
         if module is None or not is_compiled(module):

@@ -41,6 +41,10 @@ from lightning_actmem import ActMemConfig
         ({"bits": 32, "adapt": True}, r"adaptation needs a codec that rounds, got bits=32, codec='auto'"),
         ({"codec": "identity", "budget": "1GB"}, r"adaptation needs a codec that rounds, .*codec='identity'"),
         ({"layer_bits": {"head": 5}}, r"layer_bits\['head'\] must be one of 1, 2, 3, 4, 8, 32, got 5"),
+        (
+            {"layer_activations": {"head": "exact"}},
+            r"layer_activations\['head'\] must be one of 'derive', .* got 'exact'",
+        ),
         ({"layer_bits": {"head": 8}, "bits": 32}, r"layer_bits need a codec that rounds, got bits=32"),
         ({"min_elements": -1}, r"min_elements must be 0 or more, got -1"),
     ],
@@ -57,6 +61,7 @@ def test_bad_values(fields: dict[str, Any], message: str) -> None:
         ({"bits": True}, "bits must be an integer, got True"),
         ({"seed": 1.5}, "seed must be an integer, got 1.5"),
         ({"exact": "encoder"}, "exact must be a list of patterns"),
+        ({"layer_activations": "derive"}, r"layer_activations must map patterns to one of 'derive', .* got 'derive'"),
         ({"layer_bits": [8]}, r"layer_bits must map patterns to bits, .* got \[8\]"),
         ({"layer_bits": {"head": "many"}}, r"layer_bits\['head'\] must be an integer, got 'many'"),
         ({"derive": "maybe"}, "derive must be true, false or null, got 'maybe'"),

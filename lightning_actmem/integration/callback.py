@@ -44,6 +44,7 @@ class ActMem(Callback):
         attention_bits: Least bits for what attention multiplies.
         loss_bits: Least bits for what a loss saves.
         layer_bits: Bits of layers that have their own, by pattern.
+        layer_activations: What element-wise operations keep instead of ``activations``, by pattern.
         exact: Patterns of layers or operations that stay exact.
         min_elements: Tensors with fewer elements than this stay as they are.
         adapt: Whether the bits of every site follow from what its rounding does to the gradient.
@@ -79,6 +80,7 @@ class ActMem(Callback):
         attention_bits: int | None = None,
         loss_bits: int | None = None,
         layer_bits: dict[str, int] | None = None,
+        layer_activations: dict[str, str] | None = None,
         exact: tuple[str, ...] | None = None,
         min_elements: int | None = None,
         adapt: bool | None = None,
@@ -103,6 +105,7 @@ class ActMem(Callback):
             attention_bits=attention_bits,
             loss_bits=loss_bits,
             layer_bits=layer_bits,
+            layer_activations=layer_activations,
             exact=exact,
             min_elements=min_elements,
             adapt=adapt,

@@ -59,6 +59,7 @@ class ActMemStrategy(_ActMemMixin, SingleDeviceStrategy):
         attention_bits: Least bits for what attention multiplies.
         loss_bits: Least bits for what a loss saves.
         layer_bits: Bits of layers that have their own, by pattern.
+        layer_activations: What element-wise operations keep instead of ``activations``, by pattern.
         exact: Patterns of layers or operations that stay exact.
         min_elements: Tensors with fewer elements than this stay as they are.
         adapt: Whether the bits of every site follow from what its rounding does to the gradient.
@@ -102,6 +103,7 @@ class ActMemStrategy(_ActMemMixin, SingleDeviceStrategy):
         attention_bits: int | None = None,
         loss_bits: int | None = None,
         layer_bits: dict[str, int] | None = None,
+        layer_activations: dict[str, str] | None = None,
         exact: tuple[str, ...] | None = None,
         min_elements: int | None = None,
         adapt: bool | None = None,
@@ -136,6 +138,7 @@ class ActMemStrategy(_ActMemMixin, SingleDeviceStrategy):
             attention_bits=attention_bits,
             loss_bits=loss_bits,
             layer_bits=layer_bits,
+            layer_activations=layer_activations,
             exact=exact,
             min_elements=min_elements,
             adapt=adapt,
@@ -215,6 +218,7 @@ class ActMemDDPStrategy(_ActMemMixin, DDPStrategy):
         attention_bits: Least bits for what attention multiplies.
         loss_bits: Least bits for what a loss saves.
         layer_bits: Bits of layers that have their own, by pattern.
+        layer_activations: What element-wise operations keep instead of ``activations``, by pattern.
         exact: Patterns of layers or operations that stay exact.
         min_elements: Tensors with fewer elements than this stay as they are.
         adapt: Whether the bits of every site follow from what its rounding does to the gradient.
@@ -248,6 +252,7 @@ class ActMemDDPStrategy(_ActMemMixin, DDPStrategy):
         attention_bits: int | None = None,
         loss_bits: int | None = None,
         layer_bits: dict[str, int] | None = None,
+        layer_activations: dict[str, str] | None = None,
         exact: tuple[str, ...] | None = None,
         min_elements: int | None = None,
         adapt: bool | None = None,
@@ -273,6 +278,7 @@ class ActMemDDPStrategy(_ActMemMixin, DDPStrategy):
             attention_bits=attention_bits,
             loss_bits=loss_bits,
             layer_bits=layer_bits,
+            layer_activations=layer_activations,
             exact=exact,
             min_elements=min_elements,
             adapt=adapt,
