@@ -229,7 +229,8 @@ class Identifier:
         if frame.is_loss or ops.is_loss(operation):
             unread = self._unread(tensor, operation, role)
             return unread or Verdict(operation, role, "loss", codecs.loss, least_bits=_bits(codecs.loss))
-        if operation in ops.DROPOUTS and source is None and not tensor.requires_grad:
+        dropout = operation in ops.DROPOUTS or operation in ops.ALPHA_DROPOUTS
+        if dropout and source is None and not tensor.requires_grad:
             return Verdict(operation, role, "packed", TWO_VALUED)
         if operation in ops.ATTENTION:
             return self._attention(operation, role, codecs)

@@ -39,6 +39,8 @@ POWERS = frozenset(["pow", "float_power"])
 #: Save nothing but their arguments and tensors that they have computed: without autocast never a copy or a cast.
 ELEMENTWISE = RELU | ACTIVATIONS | PRODUCTS
 DROPOUTS = frozenset("dropout dropout1d dropout2d dropout3d feature_dropout native_dropout".split())
+#: Give what they drop another value than zero, one that depends on their settings.
+ALPHA_DROPOUTS = frozenset("alpha_dropout feature_alpha_dropout".split())
 PACKABLE = (
     LINEAR | MATMUL | RELU | ACTIVATIONS | NORMS | POOLS | PRODUCTS | POWERS | DROPOUTS | frozenset(["checkpoint"])
 )

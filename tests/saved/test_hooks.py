@@ -256,12 +256,13 @@ def test_relu_passes_gradient_where_its_output_is_positive_and_only_there(bits: 
     assert torch.equal(grad, (x > 0).float())
 
 
-def test_max_pool_and_dropout_gradients_are_exact() -> None:
+@pytest.mark.parametrize("dropout", [F.dropout, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout])
+def test_max_pool_and_dropout_gradients_are_exact(dropout: Callable[..., Tensor]) -> None:
     x = torch.randn(2, 4, 32, 32, requires_grad=True)
 
     def step() -> Tensor:
         torch.manual_seed(3)
-        return F.dropout(F.max_pool2d(x * 1, 2), 0.3).sum()
+        return dropout(F.max_pool2d(x * 1, 2), 0.3, True).sum()
 
     with engine(bits=2).compress():
         loss = step()
