@@ -48,7 +48,7 @@ demo: $(STAMP)
 	@$(PY) examples/demo.py
 
 test: $(STAMP)
-	@$(PY) -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	@$(PY) -m pytest -n auto -m "not slow and not gpu" $(PYTEST_ARGS)
 
 # 5 is pytest's exit code for "no test selected": none of them has to be slow.
 test-slow: $(STAMP)
