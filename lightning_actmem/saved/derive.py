@@ -13,7 +13,7 @@ from . import operation as ops
 from .batch_norm import batch_norm_recipe, given_to_batch_norm
 from .borrowed import Borrowed
 from .derived import Derived
-from .geometry import is_plain
+from .geometry import Geometry, is_plain
 from .handle import DecodeCache, Handle
 from .recipe import Autocast, Recipe, Slot, Source, with_slots
 from .reduced import ONE_BIT
@@ -99,19 +99,23 @@ class Deriver:
             entry.add_outcome(result._version, outcome)
 
     def note_copy(self, call: Call, tensor: Tensor, handle: Handle) -> None:
-        """Note that a matrix product has saved a contiguous copy of one of its arguments instead of the argument."""
-        if not tensor.is_contiguous() or len({argument.shape[:-2] for argument, _ in call.inputs()}) > 1:
-            return  # a broadcast argument: the copy is of an expansion
-        matches = [
-            (argument, geometry)
-            for argument, geometry in call.inputs()
-            if geometry is not None
-            and (argument.numel(), argument.dtype) == (tensor.numel(), tensor.dtype)
-            and argument.shape[-2:] == tensor.shape[-2:]
-        ]
-        if len(matches) == 1:
-            argument, geometry = matches[0]
+        """Note that a product has saved a contiguous copy of one of its arguments instead of the argument."""
+        copied = _copied_argument(call, tensor)
+        if copied is not None:
+            argument, geometry = copied
             self._shared[argument.untyped_storage()].add_copy(geometry, handle)
+
+    def note_original(self, call: Call, tensor: Tensor, entry: StoredStorage) -> None:
+        """Note what a contiguous copy is of that a product saves: so it may follow from what is stored of that."""
+        copied = None if tensor._version in entry.outcomes else _copied_argument(call, tensor)
+        autocast = Autocast.now(tensor.device.type)
+        if copied is None or autocast is None or tensor.untyped_storage().nbytes() != tensor.nbytes:
+            return
+        argument, geometry = copied
+        source = Source(self._shared[argument.untyped_storage()], geometry, None)
+        shape = tuple(tensor.shape)
+        recipe = Recipe(_contiguous, (Slot(0), shape), {}, autocast, steps=0)
+        entry.add_outcome(tensor._version, Outcome(recipe, (source,), shape, tensor.stride(), tensor.dtype))
 
     def derive(self, entry: StoredStorage, version: int, least_bits: int, attention: bool) -> Derived | None:
         """Make a storage's contents derivable, if they follow from what is stored.
@@ -190,6 +194,29 @@ class Deriver:
             geometry is not None and geometry.version == version and tensor.untyped_storage()._cdata == storage._cdata
             for tensor, geometry in call.inputs()
         )
+
+
+def _copied_argument(call: Call, tensor: Tensor) -> tuple[Tensor, Geometry] | None:
+    """Return the argument of a product that a contiguous tensor is a copy of, and its geometry."""
+    if not tensor.is_contiguous():
+        return None
+    is_layer = call.operation.name == "linear"  # flattens its input, and never copies its weight
+    inputs = list(call.inputs())[:1] if is_layer else call.inputs()
+    if not is_layer and len({argument.shape[:-2] for argument, _ in inputs}) > 1:
+        return None  # a broadcast argument: the copy is of an expansion
+    ending = -1 if is_layer else -2
+    matches = [
+        (argument, geometry)
+        for argument, geometry in inputs
+        if geometry is not None
+        and (argument.numel(), argument.dtype) == (tensor.numel(), tensor.dtype)
+        and argument.shape[ending:] == tensor.shape[ending:]
+    ]
+    return matches[0] if len(matches) == 1 else None
+
+
+def _contiguous(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return x.contiguous().view(shape)
 
 
 _Built = tuple[Recipe, tuple[Source | Handle, ...]]

@@ -15,7 +15,7 @@ from .geometry import Geometry
 from .handle import EXACT_BITS, Handle, PoolIndices, Stand
 from .identify import Identifier, Verdict
 from .ledger import BORROWED
-from .operation import MATMUL
+from .operation import COPYING
 from .scope import LayerScope
 from .share import StoredStorage
 from .store import IDENTITY, Store
@@ -98,9 +98,10 @@ class SavedTensorHooks:
         if verdict.declared is not None:
             return self._store.put_declared(tensor, verdict, verdict.declared)
         handle = self._pack(tensor, storage, verdict)
-        if call.saved is not None and verdict.role == "result" and not isinstance(handle, Recast):
-            call.saved.append((tensor, handle))
-            if self._deriver is not None and verdict.operation in MATMUL:
+        if verdict.role == "result" and not isinstance(handle, Recast):
+            if call.saved is not None:
+                call.saved.append((tensor, handle))
+            if self._deriver is not None and verdict.operation in COPYING:
                 self._deriver.note_copy(call, tensor, handle)
         return handle
 
@@ -138,6 +139,8 @@ class SavedTensorHooks:
         call = self._tracker.call
         if call.saved is not None and verdict.operation in SAVES_OUTPUT and verdict.is_output:
             self._deriver.after(call, tensor)
+        if verdict.role == "result" and verdict.operation in COPYING:
+            self._deriver.note_original(call, tensor, entry)
         attention = verdict.kind == "attention"
         derived = self._deriver.derive(entry, tensor._version, verdict.least_bits, attention)
         handle = None if derived is None else entry.find(Geometry.of(tensor), verdict.least_bits)

@@ -23,6 +23,8 @@ LINEAR = frozenset(
 MATMUL = frozenset(
     "matmul mm bmm mv addmm addmv addbmm baddbmm addr outer einsum tensordot dot inner chain_matmul".split()
 )
+#: May save contiguous copies of their arguments instead of these.
+COPYING = MATMUL | frozenset(["linear"])
 RELU = frozenset(["relu"])
 ACTIVATIONS = frozenset(
     "gelu silu mish softplus tanh sigmoid elu selu celu hardswish log_sigmoid glu softsign tanhshrink".split()
