@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_actmem_kernels import CodecSpec, resolve_backend
 
 from .adapt.adapter import Adapter
+from .adapt.by_sample import by_sample
 from .adapt.linear import COVERED, ClosedForm
 from .adapt.outputs import Outputs
 from .adapt.replay import Replay
@@ -90,6 +91,7 @@ class ActMemEngine:
             self._tracker.declared,
         )
         self._store.keeps_width = self.adapter is not None
+        self._store.split = by_sample if self.config.method == "actnn" else None
         self._hooks = SavedTensorHooks(self._tracker, self._scope, self._store, self._identifier, derive)
         self._stack = HookStack(self._hooks.pack, self._hooks.unpack, self._tracker)
         self._active = self._warned = False

@@ -71,8 +71,7 @@ class ActNN(_LevelLaw):
     """ActNN: the constant from the ranges of the groups and the size of the gradient behind, without any probe.
 
     With R the range of an element's group, g the gradient of the operation's output, and T positions in a sample:
-    ``C = 1/6 sum_n |g_n|^2 sum_{i in n} R_i^2 / T``. The published method also gives samples bits of their own, which
-    one codec for each tensor cannot express.
+    ``C = 1/6 sum_n |g_n|^2 sum_{i in n} R_i^2 / T``. Within a tensor the samples get bits of their own (`by_sample`).
     """
 
     widths = (1, 2, 3, 4, 8)

@@ -17,7 +17,7 @@ from .declared import Declared
 from .deferred import Deferrals, Deferred
 from .derived import Derived
 from .geometry import Geometry
-from .handle import DecodeCache, Handle, Kept, Packed, Payload, PoolIndices, Stand
+from .handle import AnyPayload, DecodeCache, Handle, Kept, Packed, Payload, PoolIndices, Stand
 from .identify import MASK, POSITIONS, Verdict
 from .ledger import Charge, Ledger, SiteBytes
 from .probe import ProbePayload, Watch, may_fold
@@ -27,6 +27,10 @@ from .site import Site, SiteTable
 from .undecided import Undecided, Waiting
 from .weights import Recast
 
+#: Encodes a flat segment; returns what stands for it and its bytes.
+Encode = Callable[[Tensor, CodecSpec], tuple[Payload, int]]
+#: Stores a flat segment, its codec and its tensor's shape given, in several parts; ``None`` leaves it whole.
+Split = Callable[[Tensor, CodecSpec, tuple[int, ...], Callable[[torch.dtype], Encode]], "tuple[AnyPayload, int] | None"]
 IDENTITY = CodecSpec("identity")
 # A view by reference keeps its whole storage alive; from this many times its own size on, it is copied instead.
 _CLONE_FACTOR = 16
@@ -53,6 +57,8 @@ class Store:
         self.plan: Mapping[Site, CodecSpec | None] = {}
         #: Who wants to know of the tensors that a plan may speak of.
         self.watch: Watch | None = None
+        #: How tensors are divided among several codecs, where somebody wants that.
+        self.split: Split | None = None
         #: Whether a ReLU's sign leaves the input of a batch norm its bits, instead of taking one away.
         self.keeps_width = False
         self._borrowed_seen: set[int] = set()
@@ -243,7 +249,10 @@ class Store:
         raw, raw_bytes = None, 0
         if verdict.kind != "copy":  # made for a recipe: plain autograd would not keep it
             raw, raw_bytes = self._raw_charge(tensor.untyped_storage(), entry)
-        payload, saved_bytes = self._payload(site, tensor.dtype, raw)(layout.flatten(tensor), spec)
+        flat, parts = layout.flatten(tensor), None
+        if self.split is not None and verdict.kind == "packed" and _has_rows(tensor, layout):
+            parts = self.split(flat, spec, layout.size, lambda dtype: self._payload(site, dtype, raw))
+        payload, saved_bytes = parts or self._payload(site, tensor.dtype, raw)(flat, spec)
         elements = raw_bytes // tensor.element_size()
         self._ledger.record(site, verdict.kind, spec.label, raw_bytes, saved_bytes, elements)
         return entry.add(Geometry.of(tensor), layout, payload)
@@ -266,9 +275,7 @@ class Store:
         self._waiting.add(undecided)
         return entry.add(Geometry.of(tensor), layout, undecided)
 
-    def _payload(
-        self, site: Site, dtype: torch.dtype, raw: Charge | None
-    ) -> Callable[[Tensor, CodecSpec], tuple[Payload, int]]:
+    def _payload(self, site: Site, dtype: torch.dtype, raw: Charge | None) -> Encode:
         """Return what encodes a flat segment of a site, and its bytes: now or later, with the same noise."""
         return partial(self._encode_flat, self._sites.noise_key(site, self._noise), dtype, raw)
 
@@ -305,6 +312,11 @@ class Store:
 def _fills(tensor: Tensor, layout: Layout) -> bool:
     """Whether a tensor is all of its storage."""
     return layout.dense and tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def _has_rows(tensor: Tensor, layout: Layout) -> bool:
+    """Whether memory holds what the first dimension counts one behind the other."""
+    return bool(layout.size) and layout.dense and tensor.stride(0) * layout.size[0] == layout.numel
 
 
 def _is_no_smaller(spec: CodecSpec, layout: Layout, tensor: Tensor, storage: UntypedStorage) -> bool:
