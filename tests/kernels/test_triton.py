@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 
 from lightning_actmem_kernels import CodecSpec, decode, encode
 from lightning_actmem_kernels.noise import MASK_32, SIGN_STREAM, philox
+from lightning_actmem_kernels.reference.bf16 import LARGEST_STEP, SMALLEST_STEP_BITS, inverse
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from lightning_actmem_kernels.triton.noise import philox as triton_philox  # noqa: E402
+from lightning_actmem_kernels.triton.values import inverse as triton_inverse  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BITS = {
@@ -186,3 +188,20 @@ def test_philox(key, first):
         _store_words[(1,)](out, first, key, stream, 16)
         words = torch.stack(philox(torch.arange(first, first + 16), key, stream)) & MASK_32
         assert torch.equal(out.cpu(), words)
+
+
+@triton.jit
+def _store_inverses(step_ptr, out_ptr, WIDTH: tl.constexpr):
+    place = tl.arange(0, WIDTH)
+    tl.store(out_ptr + place, triton_inverse(tl.load(step_ptr + place)))
+
+
+def test_inverse_of_every_step():
+    """Without a division: Newton's iteration, whose last step is exact for the 8 bits of a step."""
+    steps = (torch.arange(SMALLEST_STEP_BITS >> 16, 1 << 15, dtype=torch.int32) << 16).view(torch.float32)
+    steps = torch.cat([torch.zeros(1), steps[steps <= LARGEST_STEP], torch.tensor([NAN])])
+    width = triton.next_power_of_2(len(steps))
+    padded = torch.nn.functional.pad(steps, (0, width - len(steps))).to(DEVICE)
+    inverses = torch.empty_like(padded)
+    _store_inverses[(1,)](padded, inverses, width, enable_fp_fusion=False)
+    _same(inverses[: len(steps)], inverse(steps))
