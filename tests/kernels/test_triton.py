@@ -119,6 +119,19 @@ def test_the_edges_of_floating_point(codec, bits, dtype):
         _assert_equal(x, CodecSpec(codec, bits, 32, rounding), 5)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="compiled kernels are those of the GPU that is there")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("codec", "bits"), WIDTHS)
+def test_what_runs_on_amd(codec, bits, dtype, monkeypatch):
+    from lightning_actmem_kernels.triton import launch
+
+    monkeypatch.setattr(launch.AMD, "value", True)
+    for rounding, group_size in zip(ROUNDINGS, (32, 128, 256), strict=True):
+        _assert_equal(torch.cat(list(_special())).to(dtype), CodecSpec(codec, bits, 32, rounding), 5)
+        for numel in (257, 1024):
+            _assert_equal(_values(numel, codec).to(dtype), CodecSpec(codec, bits, group_size, rounding), 5)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("bits", BITS["rotated"])
 def test_centred_rotation(bits, dtype):

@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .launch import AMD
+
 MAGIC = tl.constexpr(2.0**23)  # see reference/grouped.py
 HALVES = tl.constexpr(0x00800080)  # 1/2 in both, to round to nearest
 # Shifted up, the bits of MAGIC + n leave n; in the upper half it meets the upper half of the lower one's magic number,
@@ -55,16 +57,24 @@ def lanes_of(lower: tl.tensor, upper: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _float(n: tl.tensor, OFFSET: tl.constexpr) -> tl.tensor:
+    if AMD:
+        return n.to(tl.float32) - OFFSET
+    else:
+        # By the magic number: conversions run at a quarter of the rate.
+        return (n | 0x4B000000).to(tl.float32, bitcast=True) - (MAGIC + OFFSET)
+
+
+@triton.jit
 def lower_half(lanes: tl.tensor, OFFSET: tl.constexpr = 0) -> tl.tensor:
     """Float32 of the number in the lower half, less OFFSET."""
-    # By the magic number: conversions run at a quarter of the rate.
-    return ((lanes & 0xFFFF) | 0x4B000000).to(tl.float32, bitcast=True) - (MAGIC + OFFSET)
+    return _float(lanes & 0xFFFF, OFFSET)
 
 
 @triton.jit
 def upper_half(lanes: tl.tensor, OFFSET: tl.constexpr = 0) -> tl.tensor:
     """Float32 of the number in the upper half, less OFFSET."""
-    return (((lanes >> 16) & 0xFFFF) | 0x4B000000).to(tl.float32, bitcast=True) - (MAGIC + OFFSET)
+    return _float((lanes >> 16) & 0xFFFF, OFFSET)
 
 
 @triton.jit
@@ -92,11 +102,15 @@ def load_lanes(
 ) -> tuple[tl.tensor, tl.tensor]:
     """`unpacked` codes of sub-block S, out of rows of ROW words."""
     SHIFT: tl.constexpr = BITS * S % 8
-    even, odd = unpacked(tl.load(ptr + offsets + (BITS * S // 8) * ROW), SHIFT, BITS)
+    word = tl.load(ptr + offsets + (BITS * S // 8) * ROW)
     if SHIFT + BITS > 8:
-        even_rest, odd_rest = unpacked(tl.load(ptr + offsets + (BITS * S // 8 + 1) * ROW), SHIFT - 8, BITS)
-        even |= even_rest
-        odd |= odd_rest
+        # Low bits of the code are the byte's highest, the others the next byte's lowest: together first, then apart.
+        rest = tl.load(ptr + offsets + (BITS * S // 8 + 1) * ROW)
+        LOW: tl.constexpr = ((1 << (8 - SHIFT)) - 1) * 0x01010101
+        word = ((word >> SHIFT) & LOW) | ((rest << (8 - SHIFT)) & ~LOW)
+        even, odd = unpacked(word, 0, BITS)
+    else:
+        even, odd = unpacked(word, SHIFT, BITS)
     return even, odd
 
 
@@ -109,9 +123,8 @@ def add_noise(even: tl.tensor, odd: tl.tensor, word: tl.tensor) -> tuple[tl.tens
 @triton.jit
 def less_noise(even: tl.tensor, odd: tl.tensor, word: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """Codes q with 255 - r below, of the bytes r of a noise word: 256 q + 255 - r."""
-    even |= (word & 0x00FF00FF).to(tl.int32) ^ 0x00FF00FF
-    odd |= ((word >> 8) & 0x00FF00FF).to(tl.int32) ^ 0x00FF00FF
-    return even, odd
+    rest = word ^ 0xFFFFFFFF
+    return even | (rest & 0x00FF00FF).to(tl.int32), odd | ((rest >> 8) & 0x00FF00FF).to(tl.int32)
 
 
 @triton.jit

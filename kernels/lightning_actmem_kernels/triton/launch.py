@@ -9,10 +9,14 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 # Triton decides between compiling and interpreting when a kernel is decorated, so once, at import.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# What NVIDIA's GPUs do in one instruction and AMD's in several, the kernels do in another way there.
+AMD = tl.constexpr(torch.version.hip is not None)
 
 # The reference rounds after every operation; a fused multiply-add would round once and change the last bit.
 EXACT = {"enable_fp_fusion": False}
@@ -22,7 +26,7 @@ _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 # Of 4 warps; those of AMD are twice as wide.
-_THREADS = 256 if torch.version.hip else 128
+_THREADS = 256 if AMD.value else 128
 _VECTOR_BYTES = 16
 _BYTES_PER_PROGRAM = 4096
 # The interpreter takes milliseconds per program and little per element: few, large programs.

@@ -28,7 +28,7 @@ from .lanes import (
     store_lanes,
     upper_half,
 )
-from .launch import code_words, launch_tiles
+from .launch import AMD, code_words, launch_tiles
 from .noise import group_noise, noise_word
 from .values import groups_of_tile, inverse, load_float, load_quads, round_down, step_bits, store_float
 
@@ -54,12 +54,18 @@ def decode(codes: Tensor, grids: Tensor, bits: int, rounding: str, key: int, num
 
 @triton.jit
 def _lower(x: tl.tensor, y: tl.tensor) -> tl.tensor:
-    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
+    if AMD:
+        return tl.minimum(x, y)
+    else:
+        return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _higher(x: tl.tensor, y: tl.tensor) -> tl.tensor:
-    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+    if AMD:
+        return tl.maximum(x, y)
+    else:
+        return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -79,19 +85,24 @@ def _range(
         lo = (word << 16).to(tl.float32, bitcast=True)
         odd_lo = word.to(tl.float32, bitcast=True)
         hi, odd_hi = lo, odd_lo
+        zero, odd_zero = lo * 0.0, odd_lo * 0.0
         for PART in tl.static_range(1, 16):
             word = tl.load(words + PART * (WIDTH // 2))
             even = (word << 16).to(tl.float32, bitcast=True)
             # With the even column's bits below, the odd one sorts as it does alone: masking them can wait for the end.
             odd = word.to(tl.float32, bitcast=True)
             lo, hi, odd_lo, odd_hi = _lower(lo, even), _higher(hi, even), _lower(odd_lo, odd), _higher(odd_hi, odd)
-        lo, hi = _lower(lo, _odd(odd_lo)), _higher(hi, _odd(odd_hi))
+            zero, odd_zero = tl.fma(even, 0.0, zero), tl.fma(odd, 0.0, odd_zero)
+        lo, hi, zero = _lower(lo, _odd(odd_lo)), _higher(hi, _odd(odd_hi)), zero + odd_zero
     else:
         lo = load_float(flat_ptr, group, 0, numel, GROUP_SIZE, WIDTH, RAGGED, True)
-        hi = lo
+        hi, zero = lo, lo * 0.0
         for PART in tl.static_range(1, 16):
             x = load_float(flat_ptr, group, PART * WIDTH, numel, GROUP_SIZE, WIDTH, RAGGED, True)
-            lo, hi = _lower(lo, x), _higher(hi, x)
+            lo, hi, zero = _lower(lo, x), _higher(hi, x), tl.fma(x, 0.0, zero)
+    if AMD:
+        # There a minimum that keeps NaN takes three instructions; 0 times x, NaN where x is not finite, takes half.
+        lo = tl.where(zero == zero, lo, float("nan"))
     return lo, hi
 
 
