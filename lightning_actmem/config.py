@@ -51,7 +51,8 @@ class ActMemConfig:
         activations: What element-wise operations keep: ``"derive"`` (their input, or what it follows from),
             ``"derivative"`` (their derivative, one tensor for a whole chain of them) or ``"inverted"`` (GELU and SiLU:
             their output and one bit).
-        attention_bits: Least bits for what attention multiplies (queries, keys, values); 32 keeps it exact.
+        attention_bits: Least bits for what attention multiplies (queries, keys, values); 32 keeps it exact. Where bits
+            adapt, values may get fewer.
         loss_bits: Least bits for what a loss saves; 32 keeps it exact.
         layer_bits: Bits of layers that have their own, by the patterns of ``exact``; the last that matches wins, and 32
             keeps floats exact.

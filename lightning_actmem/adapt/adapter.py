@@ -81,10 +81,17 @@ class Change:
     def __str__(self) -> str:
         """Return what changes and why."""
         return (
-            f"{self.site}: {name_of(self.before)} -> {name_of(self.after)} "
+            f"{self.site}: {self._name(self.before)} -> {self._name(self.after)} "
             f"(noise {self.noise_before:.2g} -> {self.noise_after:.2g}, "
             f"{self.bytes_before:,} -> {self.bytes_after:,} bytes)"
         )
+
+    def _name(self, spec: CodecSpec | None) -> str:
+        """Name a codec, and the size of its groups where that is all that changes."""
+        name = name_of(spec)
+        if spec is None or name_of(self.before) != name_of(self.after):
+            return name
+        return f"{name} in groups of {spec.group_size}"
 
 
 class Adapter:
@@ -180,7 +187,7 @@ class Adapter:
             replay = self._host.probe(closure, module, inputs=given, number=probe, compact=compact)
             if not self.sizes.uses:
                 self.sizes.uses = dict(replay.uses)
-            choices = {site: self._law.candidates(use, self._config) for site, use in replay.uses.items()}
+            choices = {site: self._law.candidates(site, use, self._config) for site, use in replay.uses.items()}
             plan = {site: spec for site, use in replay.uses.items() if (spec := self._current(site, use)) is not None}
             if not replay.uses:
                 raise ValueError(
@@ -195,7 +202,7 @@ class Adapter:
                 targets = self._law.targets(others, self.sensitivities, passes)
             # Repeated targets fall on different closures.
             share = -(-len(targets) // count)
-            measuring.replay(replay, targets[number * share : (number + 1) * share])
+            measuring.replay(replay, targets[number * share : (number + 1) * share], choices)
             del replay
         measurement = measuring.result()
         if self.gather is not None:
@@ -317,7 +324,7 @@ class Adapter:
     def _choices(self, site: Site, use: SiteUse) -> list[Choice]:
         # What stands in for an operation's own tensors is encoded in any case.
         choices = [] if use.default.codec == "fixed" else [Choice(None, use.stored_bytes(None), 0.0)]
-        for spec in self._law.candidates(use, self._config):
+        for spec in self._law.candidates(site, use, self._config):
             noise = self._noise_of(site, spec)
             if noise is not None:
                 choices.append(Choice(spec, use.stored_bytes(spec), noise))

@@ -10,6 +10,7 @@ from lightning_actmem_kernels.spec import WIDTHS
 
 from ..config import ActMemConfig
 from ..saved.probe import SiteUse
+from ..saved.site import Site
 
 # What each setting of the codec allows at a site without needs of its own, with its widths.
 _AUTO: Mapping[str, tuple[int, ...]] = {"uniform": (3, 4, 8), "rotated": (1, 2, 3, 4)}
@@ -19,36 +20,51 @@ _ALLOWED: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "rotated": {"uniform": (8,), "rotated": (1, 2, 3, 4)},
     "uniform": {"uniform": (1, 2, 3, 4, 8)},
 }
+# Scale and mean of a group of 256 are an eighth of a bit for each element, of one of 1024 a 32nd; where the groups of
+# a tensor are alike, as a transformer's are, the larger ones err no more.
+_WIDE_GROUP = 1024
 # Where a codec's variance is measured first: at the fewest bits that the law holds from.
 _FIRST_BITS = {"uniform": 4, "bfp": 3}
 
 
-def candidates(use: SiteUse, config: ActMemConfig) -> list[CodecSpec]:
+def candidates(site: Site, use: SiteUse, config: ActMemConfig) -> list[CodecSpec]:
     """Return the codecs that may be chosen at a site, beside keeping it exact.
 
     Args:
+        site: The site.
         use: What the site stores.
         config: The settings: the codec, and the floors of attention and loss.
     """
-    default, floor = use.default, least_bits(use, config)
+    default, floor = use.default, least_bits(site, use, config)
     if default.codec not in ("uniform", "rotated"):  # exact zeros, a fixed range, or a codec asked for by name
         return [replace(default, bits=bits) for bits in WIDTHS[default.codec] if bits >= floor]
     centre = default.codec != "rotated" or default.centre
     return [
-        CodecSpec(codec, bits, config.group_size, config.rounding, centre=codec == "rotated" and centre)
+        CodecSpec(codec, bits, group_size, config.rounding, centre=codec == "rotated" and centre)
         for codec, widths in _ALLOWED[config.codec].items()
+        for group_size in _group_sizes(codec, config)
         for bits in widths
         if bits >= floor
     ]
 
 
-def least_bits(use: SiteUse, config: ActMemConfig) -> int:
-    """Return the floor of a site: attention and losses have one."""
+def least_bits(site: Site, use: SiteUse, config: ActMemConfig) -> int:
+    """Return the floor of a site: queries, keys and losses have one.
+
+    Attention is linear in its values: rounding them only adds noise, which is measured.
+    """
+    if (site.operation, site.role) == ("scaled_dot_product_attention", "value"):
+        return 1
     return {"attention": config.attention_bits, "loss": config.loss_bits}.get(use.kind, 1)
 
 
 def references(specs: Sequence[CodecSpec]) -> list[CodecSpec]:
-    """Return the candidates to be measured: one for each codec, and every one of 1 bit, last."""
+    """Return the candidates to be measured: one for each codec, and every one of 1 bit, last.
+
+    Of several sizes of groups the first is measured: `regrouped` tells the others.
+    """
+    sizes = {spec.codec: spec.group_size for spec in reversed(specs)}
+    specs = [spec for spec in specs if spec.group_size == sizes[spec.codec]]
     firsts: list[CodecSpec] = []
     for codec in dict.fromkeys(spec.codec for spec in specs):
         lossy = sorted((spec for spec in specs if spec.codec == codec and spec.bits > 1), key=lambda spec: spec.bits)
@@ -56,3 +72,9 @@ def references(specs: Sequence[CodecSpec]) -> list[CodecSpec]:
         firsts += (at_least or lossy)[:1]
     firsts.sort(key=lambda spec: spec.bits)
     return firsts + [spec for spec in specs if spec.bits == 1]
+
+
+def _group_sizes(codec: str, config: ActMemConfig) -> tuple[int, ...]:
+    if codec != "rotated" or config.group_size >= _WIDE_GROUP:
+        return (config.group_size,)
+    return config.group_size, _WIDE_GROUP

@@ -24,7 +24,7 @@ Found = dict[Site, dict[CodecSpec, Tensor]]
 class Law(Protocol):
     """One method."""
 
-    def candidates(self, use: SiteUse, config: ActMemConfig) -> list[CodecSpec]:
+    def candidates(self, site: Site, use: SiteUse, config: ActMemConfig) -> list[CodecSpec]:
         """Return the codecs that may be chosen at a site, beside keeping it exact."""
         ...
 
@@ -44,9 +44,9 @@ class Law(Protocol):
 class Measured:
     """Our own: the closed form where it holds, replay for the rest, and each codec's measured rates."""
 
-    def candidates(self, use: SiteUse, config: ActMemConfig) -> list[CodecSpec]:
+    def candidates(self, site: Site, use: SiteUse, config: ActMemConfig) -> list[CodecSpec]:
         """Return every codec and width that the settings allow."""
-        return candidates(use, config)
+        return candidates(site, use, config)
 
     def without_replay(self, replay: Replay, choices: Choices) -> Found:
         """Return the closed forms."""

@@ -12,6 +12,8 @@ from torch import Tensor
 from lightning_actmem_kernels import CodecSpec
 
 from ..saved.site import Site
+from .groups import regrouped
+from .law import Choices
 from .replay import ExactGradient, Replay
 from .schedule import Target
 
@@ -75,11 +77,20 @@ class Measuring:
         """Take what is known without replay."""
         self._errors += [((site, spec), value) for site, by_spec in found.items() for spec, value in by_spec.items()]
 
-    def replay(self, replay: Replay, targets: Sequence[Target]) -> None:
-        """Measure one target after the other on the sub-batch that was begun last, whose graph still lives."""
+    def replay(self, replay: Replay, targets: Sequence[Target], choices: Choices) -> None:
+        """Measure one target after the other on the sub-batch that was begun last, whose graph still lives.
+
+        Args:
+            replay: The sub-batch.
+            targets: What is measured.
+            choices: The codecs of every site; those that follow from a measured one are noted too.
+        """
         for site, spec in targets:
             if site in replay.uses:
-                self._errors.append(((site, spec), self._exact.error(replay, {site: spec})))
+                error = self._exact.error(replay, {site: spec})
+                self._errors.append(((site, spec), error))
+                others = regrouped(replay.segments(site, spec), spec, choices[site])
+                self._errors += [((site, other), error * growth) for other, growth in others.items()]
                 self._passes += 1
 
     def result(self) -> Measurement:

@@ -35,9 +35,9 @@ class _LevelLaw:
 
     widths: tuple[int, ...] = ()
 
-    def candidates(self, use: SiteUse, config: ActMemConfig) -> list[CodecSpec]:
+    def candidates(self, site: Site, use: SiteUse, config: ActMemConfig) -> list[CodecSpec]:
         """Return min-max groups with stochastic rounding, at the published widths that the floors allow."""
-        default, floor = use.default, least_bits(use, config)
+        default, floor = use.default, least_bits(site, use, config)
         if default.codec in ("relu", "fixed"):  # a code that the tensor needs
             return [replace(default, bits=bits, rounding="stochastic") for bits in _OWN_BITS if bits >= floor]
         return [CodecSpec("uniform", bits, config.group_size, "stochastic") for bits in self.widths if bits >= floor]

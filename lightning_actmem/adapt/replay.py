@@ -44,6 +44,10 @@ class Replay:
         """Bytes that were stored for backward when the forward pass had ended, exact copies and all."""
         return self._rounding.ledger.peak_saved_bytes
 
+    def segments(self, site: Site, spec: CodecSpec) -> list[Tensor]:
+        """Return the tensors of a site as this codec would encode them, 1-D."""
+        return self._rounding.segments(site, spec)
+
     def backward(self, parameters: Sequence[Tensor], specs: Specs, visit: Callable[[int, Tensor], None]) -> None:
         """Compute the gradient and show it to ``visit``, one parameter after the other, each freed at once.
 

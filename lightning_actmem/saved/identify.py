@@ -233,7 +233,7 @@ class Identifier:
         if dropout and source is None and not tensor.requires_grad:
             return Verdict(operation, role, "packed", TWO_VALUED)
         if operation in ops.ATTENTION:
-            return self._attention(operation, role, codecs)
+            return self._attention(operation, _view_role(tensor, role, call), codecs)
         if (reduced := self._reduced(tensor, operation, role, call)) is not None:
             return reduced
         if is_piecewise(operation) or not ops.bears_rounding(operation, call.arguments):
@@ -338,6 +338,15 @@ def _role(tensor: Tensor, storage_id: int, call: Call) -> tuple[str, Tensor | No
     if cast_from:
         return cast_from[0] if len(cast_from) == 1 else ("operand", None)
     return "result", None
+
+
+def _view_role(tensor: Tensor, role: str, call: Call) -> str:
+    """Tell queries, keys and values apart that are views of one projection; the first argument of this view counts."""
+    for name, argument in call.named_tensors():
+        same_view = argument.storage_offset() == tensor.storage_offset() and argument.shape == tensor.shape
+        if same_view and _storage_id(argument) == _storage_id(tensor):
+            return name
+    return role
 
 
 def _may_be_cast(tensor: Tensor, argument: Tensor) -> bool:

@@ -122,10 +122,17 @@ class Rounding:
             return raw
         if sign is None or not may_fold(spec):
             return self.coded(raw, spec, payload.key)
-        layout = payload.layout
-        flat = self.coded(layout.flatten(sign.fold(layout.unflatten(raw))), spec, payload.key, raw.dtype)
-        sign.unfold_(layout.unflatten(flat))
+        flat = self.coded(_folded(payload, raw, sign), spec, payload.key, raw.dtype)
+        sign.unfold_(payload.layout.unflatten(flat))
         return flat
+
+    def segments(self, site: Site, spec: CodecSpec) -> list[Tensor]:
+        """Return the tensors of a site as this codec would encode them, 1-D."""
+        payloads = [payload for reference in self.payloads if (payload := reference()) and payload.site == site]
+        return [
+            _folded(payload, payload.raw(), payload.sign) if payload.sign and may_fold(spec) else payload.raw()
+            for payload in payloads
+        ]
 
     def coded(self, raw: Tensor, spec: CodecSpec, key: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return a segment encoded, and decoded to its own type or another, with this draw's noise."""
@@ -199,6 +206,11 @@ class ProbePayload:
             if self._behind is not None:
                 self._rounding.uses[self.site].default = self._behind
         self._waits = False
+
+
+def _folded(payload: ProbePayload, raw: Tensor, sign: Sign) -> Tensor:
+    layout = payload.layout
+    return layout.flatten(sign.fold(layout.unflatten(raw)))
 
 
 def may_fold(spec: CodecSpec) -> bool:

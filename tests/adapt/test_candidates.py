@@ -12,7 +12,10 @@ from lightning_actmem.adapt.candidates import candidates, references
 from lightning_actmem.codecs import codecs_of
 from lightning_actmem.config import CODECS
 from lightning_actmem.saved.probe import SiteUse
+from lightning_actmem.saved.site import Site
 from lightning_actmem_kernels import CodecSpec
+
+SITE = Site("layer", "scaled_dot_product_attention", "query", 0)
 
 
 def names(specs: list[CodecSpec]) -> list[str]:
@@ -32,7 +35,7 @@ def test_the_default_is_among_what_may_be_chosen(codec: str, bits: int) -> None:
         config = ActMemConfig(codec=codec, bits=bits, adapt=True)
     except ValueError:
         pytest.skip("the codec has no such width")
-    chosen = candidates(use_of(config), config)
+    chosen = candidates(SITE, use_of(config), config)
     assert use_of(config).default in chosen
     assert len(set(chosen)) == len(chosen)
 
@@ -53,17 +56,39 @@ def test_one_width_of_each_codec_is_measured_and_one_bit_last(
     config: dict[str, Any], kind: str, wanted: list[str]
 ) -> None:
     settings = ActMemConfig(**config, adapt=True)
-    assert names(references(candidates(use_of(settings, kind), settings))) == wanted
+    assert names(references(candidates(SITE, use_of(settings, kind), settings))) == wanted
 
 
 def test_a_relu_keeps_its_code() -> None:
     config = ActMemConfig(adapt=True)
     use = SiteUse(CodecSpec("relu", 4), "packed", torch.float32)
-    assert names(candidates(use, config)) == ["relu-2", "relu-3", "relu-4", "relu-8"]
-    assert names(references(candidates(use, config))) == ["relu-2"]
+    assert names(candidates(SITE, use, config)) == ["relu-2", "relu-3", "relu-4", "relu-8"]
+    assert names(references(candidates(SITE, use, config))) == ["relu-2"]
 
 
 def test_groups_and_rounding_are_those_of_the_settings() -> None:
     config = ActMemConfig(group_size=64, rounding="stochastic", adapt=True)
-    for spec in candidates(use_of(config), config):
-        assert (spec.group_size, spec.rounding) == (64, "stochastic")
+    for spec in candidates(SITE, use_of(config), config):
+        assert spec.group_size == 64 or (spec.codec, spec.group_size) == ("rotated", 1024)
+        assert spec.rounding == "stochastic"
+
+
+def test_rotated_groups_may_be_larger_and_are_measured_once() -> None:
+    config = ActMemConfig(adapt=True)
+    specs = candidates(SITE, use_of(config), config)
+    rotated = [(spec.bits, spec.group_size) for spec in specs if spec.codec == "rotated"]
+    assert sorted(rotated) == [(bits, size) for bits in (1, 2, 3, 4) for size in (256, 1024)]
+    assert {spec.group_size for spec in references(specs)} == {256}
+    largest = ActMemConfig(group_size=1024, adapt=True)
+    assert {spec.group_size for spec in candidates(SITE, use_of(largest), largest)} == {1024}
+
+
+def test_values_have_no_floor() -> None:
+    """Attention is linear in its values; queries and keys decide on the probabilities."""
+    config = ActMemConfig(attention_bits=8, adapt=True)
+    use = use_of(config, "attention")
+    assert {spec.bits for spec in candidates(SITE, use, config)} == {8}
+    assert {spec.bits for spec in candidates(SITE._replace(role="key"), use, config)} == {8}
+    assert {spec.bits for spec in candidates(SITE._replace(role="value"), use, config)} == {1, 2, 3, 4, 8}
+    unfused = Site("layer", "matmul", "other", 0)
+    assert {spec.bits for spec in candidates(unfused, use, config)} == {8}

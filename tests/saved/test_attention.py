@@ -69,6 +69,22 @@ def test_query_key_and_value_are_all_that_is_stored(arguments: dict[str, Any]) -
     assert {rows[name].codec for name in ("query", "key", "value")} == {"uniform-8"}
 
 
+@pytest.mark.parametrize("order", ["qkv", "vkq", "q+vk"])
+def test_views_of_one_projection_are_told_apart(order: str) -> None:
+    """Bits that adapt keep a floor for queries and keys, not for values."""
+    shape = inputs()[0].shape
+    if "+" in order:
+        query = torch.randn(shape, requires_grad=True) * 1
+        given = {"q": query, **dict(zip("vk", torch.randn(2, *shape, requires_grad=True).mul(1).unbind(), strict=True))}
+    else:
+        given = dict(zip(order, torch.randn(3, *shape, requires_grad=True).mul(1).unbind(), strict=True))
+    engine = ActMemEngine(bits=2, min_elements=0)
+    with engine.compress():
+        F.scaled_dot_product_attention(given["q"], given["k"], given["v"]).sum().backward()
+    roles = [site.role for site, row in engine.ledger.sites.items() if row.kind == "attention"]
+    assert sorted(roles) == ["key", "query", "value"]
+
+
 def test_the_floor_of_bits_is_a_setting() -> None:
     engine = ActMemEngine(bits=2, attention_bits=4, min_elements=0)
     gradients(inputs(), {}, engine)

@@ -1,0 +1,46 @@
+"""What the size of its groups does to a rotated code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_actmem_kernels import CodecSpec
+
+
+def regrouped(segments: Sequence[Tensor], measured: CodecSpec, wanted: Sequence[CodecSpec]) -> dict[CodecSpec, Tensor]:
+    """Return what other sizes of groups do to the variance that one size has been measured to make.
+
+    A rotation spreads a group's error evenly over its elements, and the error is a fixed share of the group's energy:
+    of ``sum (x - mean)^2``, with the mean of the group where it is kept apart, else 0. So the variances differ as the
+    sums of these over all groups; measured on a GPT and a ResNet, whose energies differ by up to a factor of 2, within
+    the scatter of a few draws.
+
+    Args:
+        segments: The site's tensors as they are encoded, 1-D.
+        measured: The codec that was measured.
+        wanted: Codecs, of which those are considered that differ from it in nothing but the size of the groups.
+
+    Returns:
+        For each of these: its variance over that of ``measured``, a scalar on the device.
+    """
+    others = [spec for spec in wanted if spec != measured and replace(spec, group_size=measured.group_size) == measured]
+    if measured.codec != "rotated" or not others:
+        return {}
+    base = _energy(segments, measured)
+    return {spec: torch.where(base > 0, _energy(segments, spec) / base, 1.0) for spec in others}
+
+
+def _energy(segments: Sequence[Tensor], spec: CodecSpec) -> Tensor:
+    return torch.stack([_segment_energy(segment.float(), spec) for segment in segments]).sum()
+
+
+def _segment_energy(x: Tensor, spec: CodecSpec) -> Tensor:
+    # Zeros fill up the last group; the Hadamard transform keeps its error off most of them.
+    groups = F.pad(x, (0, -x.numel() % spec.group_size)).view(-1, spec.group_size)
+    centred = groups - groups.mean(1, keepdim=True) if spec.centre else groups
+    return centred.square().sum()
