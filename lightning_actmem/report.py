@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .saved.ledger import BORROWED, Ledger, SiteBytes
-from .saved.site import Site
 
 
 @dataclass(frozen=True)
@@ -97,15 +96,15 @@ def step_report(ledger: Ledger, *, table: bool = True) -> StepReport:
     Returns:
         The report; it does not change when the ledger moves on.
     """
-    activations = [row for row in ledger.sites.values() if row.kind not in BORROWED]
+    activations = [row for row in ledger.rows if row.kind not in BORROWED]
     return StepReport(
         saved_bytes=ledger.peak_saved_bytes,
         raw_bytes=ledger.peak_raw_bytes,
         elements=sum(row.elements for row in activations),
         stored_bytes=sum(row.saved_bytes for row in activations),
         pack_ms=ledger.pack_ns / 1e6 if ledger.packed_on_cpu else None,
-        bytes_by_kind=_by_kind(ledger.sites.values()) if table else {},
-        rows=tuple(_layer_rows(ledger.sites)) if table else (),
+        bytes_by_kind=_by_kind(ledger.rows) if table else {},
+        rows=tuple(_layer_rows(ledger.rows)) if table else (),
         waiting_bytes=ledger.peak_waiting_bytes,
     )
 
@@ -118,17 +117,17 @@ def _by_kind(rows: Iterable[SiteBytes]) -> dict[str, tuple[int, int]]:
     return totals
 
 
-def _layer_rows(sites: dict[Site, SiteBytes]) -> Iterable[LayerRow]:
-    groups: dict[tuple[str, str, str], list[tuple[Site, SiteBytes]]] = {}
-    for site, row in sites.items():
-        groups.setdefault((site.layer, row.kind, row.codec), []).append((site, row))
+def _layer_rows(rows: Iterable[SiteBytes]) -> Iterable[LayerRow]:
+    groups: dict[tuple[str, str, str], list[SiteBytes]] = {}
+    for row in rows:
+        groups.setdefault((row.site.layer, row.kind, row.codec), []).append(row)
     for (layer, kind, codec), members in groups.items():
         yield LayerRow(
             layer,
-            tuple(dict.fromkeys(site.operation for site, _ in members)),
+            tuple(dict.fromkeys(row.site.operation for row in members)),
             kind,
             codec,
-            sum(row.tensors for _, row in members),
-            sum(row.raw_bytes for _, row in members),
-            sum(row.saved_bytes for _, row in members),
+            sum(row.tensors for row in members),
+            sum(row.raw_bytes for row in members),
+            sum(row.saved_bytes for row in members),
         )

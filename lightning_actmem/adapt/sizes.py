@@ -53,9 +53,8 @@ class Sizes:
         if self._due or _elements(step) >= _elements(self.uses):
             self._due = False
             self.uses = step
-            rows = ledger.sites.items()
             self.fixed_bytes = sum(
-                row.saved_bytes for site, row in rows if site not in step and row.kind not in BORROWED
+                row.saved_bytes for row in ledger.rows if row.site not in step and row.kind not in BORROWED
             )
 
     def renew(self) -> None:

@@ -178,7 +178,7 @@ class ActMem(Callback):
         """Log the step's figures, and show the table after the first step."""
         if self._metrics is not None:
             self._metrics.log_step(trainer, pl_module)
-        if self._title and self.engine.ledger.sites:
+        if self._title and self.engine.ledger.rows:
             show(trainer, render(summarize(self.engine.report(), self._title)))
             self._title = ""
 

@@ -38,7 +38,7 @@ class Kept:
         others: More of them.
     """
 
-    __slots__ = ("__weakref__", "_others", "_tensor", "_version", "charge")
+    __slots__ = ("__weakref__", "_charges", "_tensor", "_version")
 
     depth = 0
     bits = EXACT_BITS
@@ -49,8 +49,12 @@ class Kept:
         # Detached: a result that holds its own node, which holds this handle, would never be freed.
         self._tensor = tensor if tensor.is_leaf else tensor.detach()
         self._version = tensor._version if versioned else None
-        self.charge = charge
-        self._others = others
+        self._charges = (charge, *others)
+
+    @property
+    def charge(self) -> Charge | None:
+        """Bytes that are alive as long as this handle."""
+        return self._charges[0]
 
     @property
     def versioned(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .site import Site
 
@@ -62,20 +62,24 @@ class SiteBytes:
     """What one site stored in a step.
 
     Args:
+        site: The site.
         kind: ``"packed"``, or why the tensor stays exact (``"attention"``, ``"loss"``, ``"weight"``, ...).
         codec: Codec and bits (``"uniform-4"``), or ``"exact"``.
         tensors: Number of tensors saved, shared ones included.
         raw_bytes: Bytes of the storages that plain autograd would have kept alive, each storage at its first site.
         saved_bytes: Bytes stored instead.
         elements: Elements of the storages in ``raw_bytes``.
+        step: Number of that step.
     """
 
+    site: Site
     kind: str
     codec: str
     tensors: int = 0
     raw_bytes: int = 0
     saved_bytes: int = 0
     elements: int = 0
+    step: int = -1
 
 
 @dataclass
@@ -89,7 +93,7 @@ class Ledger:
         pack_ns: Host time spent in encoding on the CPU since the step began, in nanoseconds.
         packed_on_cpu: Whether ``pack_ns`` covers everything packed in the step (device work would need a
             synchronisation to be timed).
-        sites: Bytes by site in the order of the forward pass.
+        rows: Bytes by site in the order of the forward pass; the next step uses the rows again.
     """
 
     live_saved_bytes: int = 0
@@ -97,12 +101,21 @@ class Ledger:
     live_waiting_bytes: int = 0
     pack_ns: int = 0
     packed_on_cpu: bool = True
-    sites: dict[Site, SiteBytes] = field(default_factory=dict)
+    rows: list[SiteBytes] = field(default_factory=list)
     # As of the last settling: from then on the live figures have only grown.
     _peak_saved_bytes: int = 0
     _peak_raw_bytes: int = 0
     _peak_waiting_bytes: int = 0
-    _released: deque[tuple[int, int, int]] = field(default_factory=deque)
+    # Saved, raw and waiting bytes; one number where the same were saved and raw.
+    _released: deque[tuple[int, int, int] | int] = field(default_factory=deque)
+    # Rows of all steps: to make them afresh in every step takes twice the time, and work for the garbage collector.
+    _rows: dict[tuple[str, str, str, int], SiteBytes] = field(default_factory=dict)
+    _step: int = 0
+
+    @property
+    def sites(self) -> dict[Site, SiteBytes]:
+        """Bytes by site in the order of the forward pass, as they are now."""
+        return {row.site: replace(row) for row in self.rows}
 
     @property
     def peak_saved_bytes(self) -> int:
@@ -127,27 +140,52 @@ class Ledger:
         self._peak_waiting_bytes = self.live_waiting_bytes
         self.pack_ns = 0
         self.packed_on_cpu = True
-        self.sites = {}
+        self.rows.clear()
+        self._step += 1
 
     def settle(self) -> None:
         """Bring the live figures up to date with what has died."""
         self._peak_saved_bytes = self.peak_saved_bytes
         self._peak_raw_bytes = self.peak_raw_bytes
         self._peak_waiting_bytes = self.peak_waiting_bytes
-        while self._released:
-            saved_bytes, raw_bytes, waiting_bytes = self._released.popleft()
+        kept_bytes = 0
+        for _ in range(len(self._released)):  # as many as there are: others may follow from other threads
+            released = self._released.popleft()
+            if isinstance(released, int):
+                kept_bytes += released
+                continue
+            saved_bytes, raw_bytes, waiting_bytes = released
             self.live_saved_bytes -= saved_bytes
             self.live_raw_bytes -= raw_bytes
             self.live_waiting_bytes -= waiting_bytes
+        self.live_saved_bytes -= kept_bytes
+        self.live_raw_bytes -= kept_bytes
 
-    def record(self, site: Site, kind: str, codec: str, raw_bytes: int, saved_bytes: int, elements: int) -> SiteBytes:
-        """Book one saved tensor on its site and return the site's row."""
-        row = self.sites.get(site)
+    def record(
+        self,
+        site: Site | tuple[str, str, str, int],
+        kind: str,
+        codec: str,
+        raw_bytes: int,
+        saved_bytes: int,
+        elements: int,
+    ) -> SiteBytes:
+        """Book one saved tensor on its site (or the site's fields) and return the site's row of this step."""
+        row = self._rows.get(site)
         if row is None:
-            row = self.sites[site] = SiteBytes(kind, codec, 1, raw_bytes, saved_bytes, elements)
+            row = self._rows[site] = SiteBytes(Site(*site), kind, codec)
+        if row.step == self._step:
+            row.tensors += 1
+            row.raw_bytes += raw_bytes
+            row.saved_bytes += saved_bytes
+            row.elements += elements
             return row
-        row.tensors += 1
-        row.raw_bytes += raw_bytes
-        row.saved_bytes += saved_bytes
-        row.elements += elements
+        self.rows.append(row)
+        row.step = self._step
+        row.kind = kind
+        row.codec = codec
+        row.tensors = 1
+        row.raw_bytes = raw_bytes
+        row.saved_bytes = saved_bytes
+        row.elements = elements
         return row

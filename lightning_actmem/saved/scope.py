@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import types
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from itertools import count
 from typing import Any
 
 from torch import nn
@@ -22,11 +20,14 @@ class Frame:
     def __init__(self, layer: str, is_loss: bool = False) -> None:
         self.layer = layer
         self.is_loss = is_loss
-        self._ordinals: defaultdict[tuple[str, str], Iterator[int]] = defaultdict(count)
+        self._ordinals: dict[tuple[str, str], int] = {}
 
-    def next_ordinal(self, operation: str, role: str) -> int:
-        """Return 0 for the first tensor of this operation and role in the call, then 1, and so on."""
-        return next(self._ordinals[operation, role])
+    def next_place(self, operation: str, role: str) -> tuple[str, str, str, int]:
+        """Return layer, operation, role and 0 for the first tensor of this operation and role, then 1, and so on."""
+        saved = operation, role
+        ordinal = self._ordinals.get(saved, 0)
+        self._ordinals[saved] = ordinal + 1
+        return self.layer, operation, role, ordinal
 
 
 class LayerScope:

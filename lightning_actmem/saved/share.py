@@ -155,40 +155,39 @@ class SharedStorages:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[int, StoredStorage] = {}
-        self._kept: dict[int, ReferenceType[Kept]] = {}
+        #: By identity: an entry, or the handle by which all that is stored of the storage is kept, if it still lives.
+        self.noted: dict[int, StoredStorage | ReferenceType[Kept]] = {}
+        self._entries: list[StoredStorage] = []
         self._weak: list[Any] = []  # plain numbers: a StorageWeakRef for each costs 0.4 us more
         self._free_weak_ref: Any = UntypedStorage._free_weak_ref  # at exit the class may go first
 
     def __getitem__(self, storage: UntypedStorage) -> StoredStorage:
-        identity = storage._cdata
-        entry = self._entries.get(identity)
-        if entry is None:
-            self._weak.append(storage._weak_ref())
-            entry = self._entries[identity] = StoredStorage()
-            kept = self._kept.get(identity)
-            handle = None if kept is None else kept()
-            if handle is not None:
-                entry.add_kept(handle)
+        noted = self.noted.get(storage._cdata)
+        if isinstance(noted, StoredStorage):
+            return noted
+        self._weak.append(storage._weak_ref())
+        entry = self.noted[storage._cdata] = StoredStorage()
+        self._entries.append(entry)
+        kept = None if noted is None else noted()
+        if kept is not None:
+            entry.add_kept(kept)
         return entry
 
     def is_known(self, identity: int) -> bool:
         """Whether anything has been noted of the storage of that identity."""
-        if identity in self._entries:
-            return True
-        kept = self._kept.get(identity)
-        return kept is not None and kept() is not None
+        noted = self.noted.get(identity)
+        return noted is not None and (isinstance(noted, StoredStorage) or noted() is not None)
 
     def add_first(self, identity: int, handle: Kept) -> None:
         """Note the first that is stored of the storage of that identity: a tensor by reference."""
-        self._kept[identity] = ref(handle)
+        self.noted[identity] = ref(handle)
 
     def clear(self) -> None:
         """Forget everything; payloads live on with their handles."""
-        for entry in self._entries.values():
+        for entry in self._entries:
             entry.outcomes = _NO_OUTCOMES  # recipes and storages refer to each other
         self._entries.clear()
-        self._kept.clear()
+        self.noted.clear()
         for weak in self._weak:
             self._free_weak_ref(weak)
         self._weak.clear()

@@ -62,6 +62,25 @@ def test_rows_add_up() -> None:
     assert (row.tensors, row.raw_bytes, row.saved_bytes, row.elements) == (3, 96, 12, 24)
 
 
+def test_a_new_step_has_rows_of_its_own() -> None:
+    ledger = Ledger()
+    one, two = Site("a", "gelu", "input", 0), Site("b", "gelu", "input", 0)
+    for site in (one, two):
+        ledger.record(site, "packed", "uniform-4", 32, 4, 8)
+    before = ledger.sites
+    ledger.start_step()
+    for site in (two, one, one):
+        ledger.record(tuple(site), "small", "exact", 8, 8, 2)  # by its fields: the same site
+    assert [(site, row.tensors, row.saved_bytes, row.codec) for site, row in ledger.sites.items()] == [
+        (two, 1, 8, "exact"),
+        (one, 2, 16, "exact"),
+    ]
+    assert [(site, row.saved_bytes, row.codec) for site, row in before.items()] == [
+        (one, 4, "uniform-4"),
+        (two, 4, "uniform-4"),
+    ]
+
+
 def test_charges_released_by_other_threads_are_all_counted() -> None:
     """Autograd drops handles from its device threads; `x -= n` there loses updates."""
     ledger = Ledger()

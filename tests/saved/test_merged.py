@@ -90,7 +90,7 @@ def test_an_encoding_that_fails_at_the_end_leaves_nothing_behind(monkeypatch: py
         step()
     monkeypatch.undo()
     assert not engine._store.deferred.waiting
-    assert not engine._store.shared._entries
+    assert not engine._store.shared.noted
     with engine.compress():
         loss = F.gelu(x * 1).sum()
     loss.backward()

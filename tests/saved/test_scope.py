@@ -152,7 +152,7 @@ def test_loss_modules_are_marked(scope: LayerScope) -> None:
 
 def test_ordinals_count_within_one_call(scope: LayerScope) -> None:
     with scope.installed(nn.Identity()):
-        assert [scope.stack[-1].next_ordinal("mul", "input") for _ in range(3)] == [0, 1, 2]
-        assert scope.stack[-1].next_ordinal("mul", "other") == 0
+        assert [scope.stack[-1].next_place("mul", "input")[-1] for _ in range(3)] == [0, 1, 2]
+        assert scope.stack[-1].next_place("mul", "other")[-1] == 0
     with scope.installed(nn.Identity()):
-        assert scope.stack[-1].next_ordinal("mul", "input") == 0
+        assert scope.stack[-1].next_place("mul", "input")[-1] == 0

@@ -7,10 +7,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from lightning_actmem.saved.declared import Declared
 from lightning_actmem.saved.handle import Kept
 from lightning_actmem.saved.identify import Verdict
 from lightning_actmem.saved.ledger import Ledger
-from lightning_actmem.saved.scope import LayerScope
+from lightning_actmem.saved.scope import Frame, LayerScope
 from lightning_actmem.saved.store import Store
 from lightning_actmem_kernels import CodecSpec
 
@@ -69,3 +70,16 @@ def test_a_small_view_of_a_large_storage_is_copied(store: Store, ledger: Ledger)
     handle = store.put_first(x[:8], x.untyped_storage(), SMALL)
     assert torch.equal(handle.restore(), x[:8])
     assert live_bytes(ledger) == (8 * x.element_size(), x.nbytes)
+
+
+def test_what_is_encoded_after_its_step_is_no_part_of_the_next(store: Store, ledger: Ledger) -> None:
+    """Rows are used again: bytes of a backward pass after the next forward pass would be on the next step's row."""
+    declared = Declared("derivative", result=torch.ones(()), raw_bytes=4096)
+    verdict = Verdict("gelu", "derivative", "packed", CodecSpec("uniform", bits=4), declared=declared)
+    handle = store.put_declared(torch.randn(1024), verdict, declared)
+    store.start_step(0)
+    store._scope.stack[:] = [Frame("")]  # the next step: ordinals begin again
+    exact = store.put_first(torch.randn(4), torch.randn(4).untyped_storage(), Verdict("gelu", "derivative", "small"))
+    handle.restore()
+    assert [(row.codec, row.saved_bytes) for row in ledger.sites.values()] == [("exact", 16)]
+    assert isinstance(exact, Kept)
