@@ -7,8 +7,7 @@ import types
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -28,7 +27,7 @@ class Call:
         keywords: Its keyword arguments.
     """
 
-    __slots__ = ("_inputs", "arguments", "function", "keywords", "operation", "saved")
+    __slots__ = ("_inputs", "_operands", "arguments", "function", "keywords", "operation", "saved")
 
     def __init__(
         self,
@@ -43,6 +42,7 @@ class Call:
         self.keywords = keywords
         self.saved: list[tuple[Tensor, Any]] | None = None
         self._inputs: list[tuple[Tensor, Geometry | None]] | None = None
+        self._operands: list[tuple[str, Tensor, int | None]] | None = None
 
     @property
     def in_place(self) -> bool:
@@ -55,6 +55,12 @@ class Call:
             tensors = tensors_of([self.arguments, self.keywords])
             self._inputs = [(tensor, Geometry.of(tensor) if is_plain(tensor) else None) for tensor in tensors]
         return self._inputs
+
+    def operands(self) -> list[tuple[str, Tensor, int | None]]:
+        """Return name, value and identity of the storage of every tensor among the arguments."""
+        if self._operands is None:
+            self._operands = [(name, tensor, storage_id_of(tensor)) for name, tensor in self.named_tensors()]
+        return self._operands
 
     def named_tensors(self) -> list[tuple[str, Tensor]]:
         """Return the name and value of every tensor among the arguments."""
@@ -112,38 +118,77 @@ class OperationTracker(TorchFunctionMode):
         self.observer: Observer | None = None
         self.replacements: dict[Callable[..., Any], Callable[..., Any]] = {}
         self.declared: dict[int, Declared] = {}
+        # Functions that just run, and whether they are observed: what has to be asked once in a step.
+        self._known: dict[Callable[..., Any], tuple[Operation, bool]] = {}
+
+    def __enter__(self) -> OperationTracker:
+        self._known.clear()  # who observes and what is replaced may have changed
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the operation with its name and arguments on record."""
-        kwargs = kwargs or {}
+        known = self._known.get(func)
+        if known is None:
+            return self._run_unknown(func, types, args, kwargs or {})
+        operation, is_observed = known
+        outer = self.call
+        self.call = call = Call(operation, func, args, kwargs or {})
+        try:
+            if is_observed and is_grad_enabled():
+                return self._run_observed(call, func)
+            return func(*args, **kwargs) if kwargs else func(*args)
+        finally:
+            self.call = outer
+
+    def _run_observed(self, call: Call, run: Callable[..., Any]) -> Any:
+        call.saved = []
+        if (call.operation.in_place or call.keywords) and call.in_place:
+            call.inputs()  # as they are before they change
+        result = run(*call.arguments, **call.keywords)
+        if self.observer is not None:
+            self.observer.after(call, result)
+        return result
+
+    def _run_unknown(self, func: Callable[..., Any], types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a function of which more has to be asked, and note the others."""
         operation = operation_of(func)
         if operation.saves_nothing:
             return func(*args, **kwargs)
+        is_observed = self.observer is not None and operation.name in self.observer.operations
+        replacement = self.replacements.get(func)
+        if replacement is None and not operation.hides_others:
+            self._known[func] = operation, is_observed
+            return self.__torch_function__(func, types, args, kwargs)
         outer = self.call
         self.call = call = Call(operation, func, args, kwargs)
         try:
-            if operation.hides_others:
+            if replacement is None:
                 with self:
                     return _without_override_check(func)(*args, **kwargs)
-            observer = self.observer
-            is_noted = observer is not None and operation.name in observer.operations and torch.is_grad_enabled()
-            if is_noted:
-                call.saved = []
-                if call.in_place:
-                    call.inputs()  # as they are before they change
-            replacement = self.replacements.get(func)
-            result = func(*args, **kwargs) if replacement is None else replacement(func, args, kwargs)
-            if observer is not None and is_noted:
-                observer.after(call, result)
-            return result
+            run = functools.partial(_replaced, replacement, func)
+            return self._run_observed(call, run) if is_observed and is_grad_enabled() else run(*args, **kwargs)
         finally:
             self.call = outer
 
     def name(self) -> str:
         """Return the running operation's plain name (``add_`` and ``__add__`` are ``add``), or ``""``."""
         return self.call.operation.name
+
+
+def storage_id_of(tensor: Tensor) -> int | None:
+    """Return the identity of a tensor's storage, ``None`` if it has none of its own (DTensor, nested, sparse)."""
+    try:
+        identity: int = tensor.untyped_storage()._cdata
+        return identity
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def _replaced(replacement: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return replacement(function, args, kwargs)
 
 
 def _numbered_tensors(name: str, items: list[Any] | tuple[Any, ...]) -> list[tuple[str, Tensor]]:

@@ -135,6 +135,19 @@ def test_an_observer_is_told_of_its_operations_with_gradient() -> None:
     assert geometry.version == y._version - 1
 
 
+def test_who_observes_is_asked_again_in_every_context() -> None:
+    tracker, notes, x = OperationTracker(), Notes(), torch.ones(4, requires_grad=True)
+    with tracker:
+        torch.relu(x)
+    tracker.observer = notes
+    with tracker:
+        torch.relu(x)
+    tracker.replacements[torch.relu] = lambda function, arguments, keywords: function(*arguments) + 1
+    with tracker:
+        assert torch.equal(torch.relu(x), x + 1)
+    assert [call.operation.name for call in notes.calls] == ["relu", "relu"]
+
+
 def test_replacements_run_instead() -> None:
     tracker = OperationTracker()
     tracker.replacements[torch.relu] = lambda function, arguments, keywords: ("replaced", function, arguments, keywords)
