@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,10 @@ from .handle import DERIVED_BITS, EXACT_BITS
 from .ledger import BORROWED
 from .patterns import Patterns
 from .reduced import UNREAD, UNREAD_DEVICES, is_piecewise, one_bit
+from .role import role_of, view_role
 from .scope import Frame
-from .tracker import Call, storage_id_of
-from .weights import VIEWS_AND_CASTS, is_parameter, is_weight
+from .tracker import Call
+from .weights import is_parameter, is_weight
 from .window import Window, window_of
 
 FLOATS = frozenset([torch.float32, torch.bfloat16, torch.float16])
@@ -35,6 +36,8 @@ POSITIONS = CodecSpec("integer", bits=4)
 # error would be multiplied over a whole row, and its bytes are few.
 _SMALL_FACTOR = 8
 _PRODUCTS_WITH_WEIGHTS = ops.LINEAR | ops.MATMUL
+# Whose activations have one verdict in one place, whatever else the operation is called with.
+_ORDINARY = ops.LINEAR | ops.ELEMENTWISE | ops.NORMS
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ class Identifier:
         self._exact = Patterns(dict.fromkeys(exact, True))
         self._others = Patterns(others)
         self._small: dict[tuple[str, str, str], Verdict] = {}
+        self._ordinary: dict[tuple[str, str, str], Verdict] = {}
         self._codecs = codecs
         self._declared = declared
         self.min_elements = min_elements
@@ -136,6 +140,7 @@ class Identifier:
     def name_classes(self, classes: Mapping[str, str]) -> None:
         """Take the names of the layers' classes, by path: patterns may speak of them."""
         self._small.clear()
+        self._ordinary.clear()
         self._exact.name_classes(classes)
         self._others.name_classes(classes)
 
@@ -158,15 +163,18 @@ class Identifier:
         if self._declared and (declared := self._declared.get(storage_id)) is not None:
             found = self._of_declared(tensor, operation, declared, frame.layer)
             return found._replace(pinned=True) if self._others.find(frame.layer, operation) else found
-        role, source, may_be_cast = _role(tensor, storage_id, call)
+        role, source, may_be_cast = role_of(tensor, storage_id, call)
         # Where it is clear that the operation itself has computed the tensor, its history is not asked: 0.2 us.
         if (role != "result" or may_be_cast or operation not in ops.ELEMENTWISE) and is_weight(tensor):
             return _by_reference(operation, "weight", "weight")
         if source is not None and is_parameter(source):
             return _by_reference(operation, role, "weight")  # a cast of a frozen weight
+        place = operation, role, frame.layer
         if tensor.numel() < self.min_elements:
-            small = self._small.get((operation, role, frame.layer))
-            return small or self._of_small(operation, role, frame.layer)
+            return self._small.get(place) or self._of_small(operation, role, frame.layer)
+        known = self._ordinary.get(place)
+        if known is not None and tensor.dtype in FLOATS and tensor.requires_grad and not tensor.is_leaf:
+            return self._statistic(tensor, operation, role, call) or known
         verdict = self._of_place(operation, role, frame.layer)
         if verdict is not None:
             return verdict
@@ -175,7 +183,11 @@ class Identifier:
         if tensor.dtype not in FLOATS:
             return self._index(tensor, operation, role, source, call)
         verdict = self._float(tensor, operation, role, source, call, frame)
-        return verdict._replace(pinned=True) if self._others.find(frame.layer, operation) else verdict
+        if self._others.find(frame.layer, operation):
+            verdict = verdict._replace(pinned=True)
+        if verdict.derivable and tensor.requires_grad and operation in _ORDINARY:
+            self._ordinary[place] = verdict
+        return verdict
 
     def _of_small(self, operation: str, role: str, layer: str) -> Verdict:
         """Return the verdict on a small tensor, which depends on nothing else, and remember it."""
@@ -237,7 +249,7 @@ class Identifier:
         if dropout and source is None and not tensor.requires_grad:
             return Verdict(operation, role, "packed", TWO_VALUED)
         if operation in ops.ATTENTION:
-            return self._attention(operation, _view_role(tensor, role, call), codecs)
+            return self._attention(operation, view_role(tensor, role, call), codecs)
         if (reduced := self._reduced(tensor, operation, role, call)) is not None:
             return reduced
         if is_piecewise(operation) or not ops.bears_rounding(operation, call.arguments):
@@ -278,9 +290,8 @@ class Identifier:
             # A product of two activations: attention scores, or their sum over the values.
             least_bits = min(_bits(codecs.attention), DERIVED_BITS)
             return Verdict(operation, role, "attention", codecs.attention, derivable=True, least_bits=least_bits)
-        largest = max((argument.numel() for argument in arguments), default=0)
-        if operation not in _PRODUCTS_WITH_WEIGHTS and tensor.numel() * _SMALL_FACTOR <= largest:
-            return Verdict(operation, role, "statistic")
+        if (statistic := self._statistic(tensor, operation, role, call)) is not None:
+            return statistic
         if not tensor.requires_grad:
             # Without grad and passed in: a constant, or features of frozen layers. Only what a linear operation
             # multiplies by its weight is worth rounding, and only when the step's inputs are known not to be it.
@@ -299,6 +310,17 @@ class Identifier:
         if operation == "batch_norm" and role == "input":
             return verdict._replace(signed=codecs.signed)
         return verdict._replace(is_output=role == "result")
+
+    @staticmethod
+    def _statistic(tensor: Tensor, operation: str, role: str, call: Call) -> Verdict | None:
+        """Return the verdict on a statistic or a broadcast factor."""
+        if operation in _PRODUCTS_WITH_WEIGHTS:
+            return None
+        smallest = tensor.numel() * _SMALL_FACTOR
+        for _, argument in call.named_tensors():
+            if argument.numel() >= smallest:
+                return _by_reference(operation, role, "statistic")
+        return None
 
     def _is_weight(self, tensor: Tensor) -> bool:
         return is_weight(tensor) or self.borrowed.owns(tensor)
@@ -319,56 +341,6 @@ def _bits(spec: CodecSpec | None) -> int:
 
 def _is_on(output: Tensor) -> Tensor:
     return output != 0  # NaN passes gradient, as in plain autograd
-
-
-#: Clearly the operation's own result.
-_RESULT = "result", None, False
-
-
-def _role(tensor: Tensor, storage_id: int, call: Call) -> tuple[str, Tensor | None, bool]:
-    """Name the argument that the tensor is, is a view of, or is an autocast copy of.
-
-    Returns:
-        The role, the argument, and whether an argument has another type than the tensor: it may be a copy of that.
-    """
-    dtype = tensor.dtype
-    if len(call.arguments) == 1 and not call.keywords:  # most operations by number
-        argument = call.arguments[0]
-        if type(argument) is Tensor and argument.dtype is dtype:
-            is_argument = argument is tensor or storage_id_of(argument) == storage_id
-            return (call.operation.argument_names[0], argument, False) if is_argument else _RESULT
-    cast_from: list[tuple[str, Tensor]] = []
-    may_be_cast = False
-    for name, argument, argument_id in call.operands():
-        if argument_id == storage_id:
-            return name, argument, False
-        if argument.dtype != dtype:
-            may_be_cast = True
-            if _may_be_cast(tensor, argument):
-                cast_from.append((name, argument))
-    if cast_from:
-        return (*cast_from[0], True) if len(cast_from) == 1 else ("operand", None, True)
-    return "result", None, may_be_cast
-
-
-def _view_role(tensor: Tensor, role: str, call: Call) -> str:
-    """Tell queries, keys and values apart that are views of one projection; the first argument of this view counts."""
-    for name, argument in call.named_tensors():
-        same_view = argument.storage_offset() == tensor.storage_offset() and argument.shape == tensor.shape
-        if same_view and _storage_id(argument) == _storage_id(tensor):
-            return name
-    return role
-
-
-def _may_be_cast(tensor: Tensor, argument: Tensor) -> bool:
-    if argument.numel() != tensor.numel():
-        return False
-    if not (tensor.is_floating_point() and argument.is_floating_point()):
-        return False
-    if is_parameter(argument) and argument.requires_grad:
-        return False  # its cast leads back to it, see is_weight
-    node: Any = tensor.grad_fn
-    return node is None or node.name() in VIEWS_AND_CASTS
 
 
 def _index(tensor: Tensor, call: Call, source: Tensor | None) -> tuple[str, CodecSpec | None]:

@@ -225,6 +225,24 @@ def test_patterns_keep_layers_and_operations_exact(patterns: tuple[str, ...], ex
     assert {layer for layer, kind in kinds.items() if kind == "packed"} == {"norm", "", "deep.1"} - exact
 
 
+def test_what_a_place_has_saved_before_does_not_decide_for_other_tensors() -> None:
+    """The verdict on an activation is looked up by operation, role and layer: other tensors there have their own."""
+    x = torch.randn(64, WIDTH, requires_grad=True)
+    factors = {
+        "packed": x.exp(),
+        "statistic": x.mean(1, keepdim=True).exp(),
+        "input": x.detach().exp().requires_grad_(),
+        "constant": x.detach().abs(),
+    }
+    engine = ActMemEngine(min_elements=0, derive=False)
+    with engine.compress(inputs=x):
+        h = x.sin()
+        for factor in (*factors.values(), factors["packed"]):
+            h = h * factor
+    kinds = [row.kind for site, row in engine.ledger.sites.items() if (site.operation, site.role) == ("mul", "other")]
+    assert kinds == [*factors, "packed"]
+
+
 def test_the_history_of_a_computed_result_is_left_alone() -> None:
     """Reading ``grad_fn`` made an object for every tensor saved, which autograd kept as long as the graph."""
 
