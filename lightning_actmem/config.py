@@ -69,6 +69,9 @@ class ActMemConfig:
         budget: Activation bytes to store at most: ``"4GiB"``, ``"800MB"``, ``"1000000"``; with the least variance.
         adapt_every: Training batches between two adaptations; 0: once an epoch.
         method: ``"actmem"`` (measured), or for comparison ``"actnn"`` or ``"gact"``, as these were published.
+        offload: Whether packed tensors move to pinned host memory and come back in backward, on a CUDA device: false,
+            true (all of them, but for what would have to come back at once), or the bytes that stay on the device
+            (``"2GiB"``): what is beyond them moves, the oldest first. ``budget`` limits what is stored in all.
         summary: Print the per-layer table after the first training step.
         verbose: Print at every adaptation what changes and why, and the table again.
 
@@ -100,6 +103,7 @@ class ActMemConfig:
     budget: Optional[str] = None  # noqa: UP045
     adapt_every: int = 0
     method: str = "actmem"
+    offload: Union[bool, int, str] = False  # noqa: UP007 (OmegaConf and jsonargparse read it at run time)
     summary: bool = True
     verbose: bool = False
 
@@ -136,6 +140,18 @@ class ActMemConfig:
         self._check_layer_activations()
         CodecSpec("uniform", bits=4, group_size=self.group_size)  # the kernels own the rule for group sizes
         self._check_adaptation()
+        self._check_offload()
+
+    def _check_offload(self) -> None:
+        if not isinstance(self.offload, (bool, int, str)):
+            raise TypeError(f"offload must be true, false or an amount such as '2GiB', got {self.offload!r}.")
+        try:
+            parse_bytes(1 if isinstance(self.offload, bool) else self.offload)
+        except ValueError as error:
+            raise ValueError(
+                f"offload must be true, false or the bytes that stay on the device, got {self.offload!r}: {error} "
+                "Use true to move whatever can be moved."
+            ) from error
 
     def _check_adaptation(self) -> None:
         _check_int("adapt_every", self.adapt_every)
@@ -171,6 +187,13 @@ class ActMemConfig:
     def budget_bytes(self) -> int | None:
         """``budget`` as a number of bytes."""
         return None if self.budget is None else parse_bytes(self.budget)
+
+    @property
+    def offload_bytes(self) -> int | None:
+        """Stored bytes that ``offload`` leaves on the device: 0 for all that can be moved, ``None`` for no offload."""
+        if isinstance(self.offload, bool):
+            return 0 if self.offload else None
+        return parse_bytes(self.offload)
 
     def _check_layer_bits(self) -> None:
         given: Any = self.layer_bits

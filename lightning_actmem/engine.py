@@ -31,6 +31,7 @@ from .saved.borrowed import Borrowed
 from .saved.hooks import SavedTensorHooks
 from .saved.identify import Identifier
 from .saved.ledger import Ledger
+from .saved.offload import Offload
 from .saved.patterns import Patterns
 from .saved.probe import Rounding
 from .saved.scope import LayerScope, is_compiled
@@ -38,6 +39,7 @@ from .saved.site import Site, mix64
 from .saved.stack import HookStack, in_checkpoint
 from .saved.store import Store
 from .saved.tracker import OperationTracker
+from .saved.transport import CudaTransport
 
 # "derive" is none of these: nothing replaces the operation then.
 _METHODS: dict[str, type[DerivativeChains | InvertedActivations]] = {
@@ -79,6 +81,8 @@ class ActMemEngine:
         if derive:
             self._tracker.replacements[F.scaled_dot_product_attention] = self._attention
         self._store = Store(self._scope, self.ledger, _backend(self.config.backend))
+        if self.config.offload_bytes is not None:
+            self._store.offload = Offload(self.ledger, self.config.offload_bytes, CudaTransport())
         #: Chooses the bits of every site, if the settings ask for it.
         self.adapter = Adapter(self, self.config) if self.config.adapts else None
         self._chooser = None if self.adapter is not None else chooser_of(self.config)
@@ -122,11 +126,14 @@ class ActMemEngine:
             Nothing.
 
         Raises:
-            ActMemError: If a ``torch.func`` transform runs inside without `paused`.
+            ActMemError: If a ``torch.func`` transform runs inside without `paused`; or if tensors are to be moved to
+                the host and neither model nor tensors are on a CUDA device.
         """
         if self._active or in_checkpoint() or self._is_wholly_compiled(module):
             yield
             return
+        if self._store.offload is not None:
+            self._store.offload.check(module)
         self._warn_of_compiled_parts(module)
         borrowed = Borrowed(module, inputs)
         self._active = True
@@ -151,6 +158,18 @@ class ActMemEngine:
                     ends.callback(self.adapter.sizes.end_step, self.ledger)
                 ends.callback(self._methods.end_step)
                 ends.callback(self._hooks.end_step)
+
+    def check_device(self, device: torch.device) -> None:
+        """Make sure that training on a device can do what the settings ask for.
+
+        Args:
+            device: Where the model will be.
+
+        Raises:
+            ActMemError: If tensors are to be moved to the host, and the device is not a CUDA device.
+        """
+        if self._store.offload is not None:
+            self._store.offload.check_device(device)
 
     def paused(self) -> AbstractContextManager[None]:
         """Leave autograd alone inside this context: for ``torch.func`` transforms and the like.
@@ -209,10 +228,9 @@ class ActMemEngine:
             return Replay(loss(), rounding, closed_form, outputs)
 
     def _probe_config(self) -> ActMemConfig:
-        """The same settings, without a second warning of a missing Triton."""
-        if self.config.backend == "auto" and find_spec("triton") is None:
-            return dataclasses.replace(self.config, backend="torch")
-        return self.config
+        """The same settings, without a second warning of a missing Triton; a part of a batch stays on the device."""
+        backend = "torch" if self.config.backend == "auto" and find_spec("triton") is None else self.config.backend
+        return dataclasses.replace(self.config, backend=backend, offload=False)
 
     def report(self, *, table: bool = True) -> StepReport:
         """Return what the last step has stored.
@@ -232,6 +250,8 @@ class ActMemEngine:
     def release(self) -> None:
         """Let go of the model of the last step, so that it can be freed while this engine lives on."""
         self._scope.release()
+        if self._store.offload is not None:
+            self._store.offload.release()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state: plain numbers and strings, loadable with ``weights_only=True``."""

@@ -47,6 +47,9 @@ class StepReport:
         rows: The per-layer table in the order of the forward pass.
         waiting_bytes: Largest number of bytes held at one time, during the forward pass, by tensors whose code depends
             on what follows. Not part of ``saved_bytes``: nothing waits any more when the forward pass is over.
+        device_bytes: Largest number of bytes at one time on the device, of those stored and in transfers; ``None``
+            where nothing moves: all are.
+        offloaded_bytes: Largest number of bytes at one time on the host; ``None`` where nothing moves.
     """
 
     saved_bytes: int
@@ -57,6 +60,8 @@ class StepReport:
     bytes_by_kind: dict[str, tuple[int, int]]
     rows: tuple[LayerRow, ...]
     waiting_bytes: int = 0
+    device_bytes: int | None = None
+    offloaded_bytes: int | None = None
 
     @property
     def ratio(self) -> float:
@@ -72,8 +77,9 @@ class StepReport:
         """Return the figures under the names that loggers see.
 
         Returns:
-            ``actmem/saved_bytes``, ``actmem/raw_bytes``, ``actmem/ratio``, ``actmem/bits_per_element`` and, where it
-            is known, ``actmem/pack_ms``.
+            ``actmem/saved_bytes``, ``actmem/raw_bytes``, ``actmem/ratio``, ``actmem/bits_per_element``; where it
+            is known, ``actmem/pack_ms``; and where tensors move, ``actmem/device_bytes`` and
+            ``actmem/offloaded_bytes``.
         """
         figures = {
             "actmem/saved_bytes": float(self.saved_bytes),
@@ -83,6 +89,9 @@ class StepReport:
         }
         if self.pack_ms is not None:
             figures["actmem/pack_ms"] = self.pack_ms
+        for name in ("device_bytes", "offloaded_bytes"):
+            if (count := getattr(self, name)) is not None:
+                figures[f"actmem/{name}"] = float(count)
         return figures
 
 
@@ -97,6 +106,7 @@ def step_report(ledger: Ledger, *, table: bool = True) -> StepReport:
         The report; it does not change when the ledger moves on.
     """
     activations = [row for row in ledger.rows if row.kind not in BORROWED]
+    places = ledger.whereabouts
     return StepReport(
         saved_bytes=ledger.peak_saved_bytes,
         raw_bytes=ledger.peak_raw_bytes,
@@ -106,6 +116,8 @@ def step_report(ledger: Ledger, *, table: bool = True) -> StepReport:
         bytes_by_kind=_by_kind(ledger.rows) if table else {},
         rows=tuple(_layer_rows(ledger.rows)) if table else (),
         waiting_bytes=ledger.peak_waiting_bytes,
+        device_bytes=None if places is None else places.peak_device_bytes(ledger.live_saved_bytes),
+        offloaded_bytes=None if places is None else places.peak_host_bytes,
     )
 
 

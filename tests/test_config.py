@@ -37,6 +37,8 @@ from lightning_actmem import ActMemConfig
         ({"noise": 0}, r"noise must be above 0, got 0\. Use bits=32"),
         ({"budget": "4 pies"}, r"an amount of memory must look like '4GiB', .*, got '4 pies'"),
         ({"budget": "0"}, r"an amount of memory must be above 0 bytes, got '0'"),
+        ({"offload": "4 pies"}, r"offload must be true, false or the bytes .*, got '4 pies': .* must look like '4GiB'"),
+        ({"offload": 0}, r"offload must be true, false or the bytes .*, got 0: .* above 0 bytes.* Use true to move"),
         ({"adapt": False, "noise": 0.1}, r"noise and budget need adaptation, got adapt=False"),
         ({"bits": 32, "adapt": True}, r"adaptation needs a codec that rounds, got bits=32, codec='auto'"),
         ({"codec": "identity", "budget": "1GB"}, r"adaptation needs a codec that rounds, .*codec='identity'"),
@@ -69,6 +71,8 @@ def test_bad_values(fields: dict[str, Any], message: str) -> None:
         ({"noise": "low"}, "noise must be a number such as 0.05, got 'low'"),
         ({"noise": True}, "noise must be a number such as 0.05, got True"),
         ({"budget": 4096}, "budget must be a text such as '4GiB', got 4096"),
+        ({"offload": 1.5}, "offload must be true, false or an amount such as '2GiB', got 1.5"),
+        ({"offload": None}, "offload must be true, false or an amount such as '2GiB', got None"),
         ({"adapt_every": 0.5}, "adapt_every must be an integer, got 0.5"),
         ({"summary": "no"}, "summary must be true or false, got 'no'"),
     ],
@@ -116,6 +120,16 @@ def test_adaptation_is_on_when_something_asks_for_it() -> None:
 def test_budgets(text: str, stored_bytes: int) -> None:
     assert ActMemConfig(budget=text).budget_bytes == stored_bytes
     assert ActMemConfig.load({"budget": text}).budget_bytes == stored_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "device_bytes"), [("true", 0), ("false", None), ("2GiB", 2**31), ("1000000", 1_000_000)]
+)
+def test_offload_from_text(text: str, device_bytes: int | None, tmp_path: Path) -> None:
+    path = tmp_path / "actmem.yaml"
+    path.write_text(f"offload: {text}\n")
+    assert ActMemConfig.load(path).offload_bytes == device_bytes
+    assert ActMemConfig.load(dotlist=[f"offload={text}"]).offload_bytes == device_bytes
 
 
 def test_interpolations_resolve() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning_actmem.report import step_report
 from lightning_actmem.saved.ledger import Charge, Ledger
 from lightning_actmem.saved.site import Site
+from lightning_actmem.saved.whereabouts import Booking, Whereabouts
 
 
 def ledger() -> tuple[Ledger, list[Charge]]:
@@ -58,3 +59,18 @@ def test_a_report_does_not_move_with_the_ledger() -> None:
     report = step_report(book)
     book.start_step()
     assert report.stored_bytes == 150
+
+
+def test_places_are_figures_only_where_something_moves() -> None:
+    book, _charges = ledger()
+    assert (step_report(book).device_bytes, step_report(book).offloaded_bytes) == (None, None)
+    book.whereabouts = Whereabouts()
+    on_device, moved = Booking(book, buffer_bytes=40), Booking(book, moved_bytes=30)
+    on_host = Booking(book, host_bytes=40)
+    del on_device
+    report = step_report(book)
+    assert (report.device_bytes, report.offloaded_bytes) == (190, 40)  # for a while they were in both
+    assert report.metrics()["actmem/device_bytes"] == 190.0
+    assert report.metrics()["actmem/offloaded_bytes"] == 40.0
+    assert report.saved_bytes == 150
+    assert moved is not on_host

@@ -52,6 +52,7 @@ class ActMem(Callback):
         budget: Activation bytes to store at most (``"4GiB"``).
         adapt_every: Training batches between two adaptations; 0: once an epoch.
         method: ``"actmem"``, ``"actnn"`` or ``"gact"``.
+        offload: Whether packed tensors move to the host, or the bytes that stay on the device (``"2GiB"``).
         summary: Print the per-layer table after the first training step.
         verbose: Print at every adaptation what changes and why, and the table again.
         **fields: No others; a misspelled one is refused with the right name.
@@ -88,6 +89,7 @@ class ActMem(Callback):
         budget: str | None = None,
         adapt_every: int | None = None,
         method: str | None = None,
+        offload: bool | int | str | None = None,
         summary: bool | None = None,
         verbose: bool | None = None,
         **fields: Any,
@@ -113,6 +115,7 @@ class ActMem(Callback):
             budget=budget,
             adapt_every=adapt_every,
             method=method,
+            offload=offload,
             summary=summary,
             verbose=verbose,
             **fields,
@@ -137,6 +140,7 @@ class ActMem(Callback):
 
         Raises:
             ValueError: If another `ActMem` in this trainer has other settings.
+            ActMemError: If the settings need another device than the trainer's.
         """
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         first = next(callback for callback in callbacks if isinstance(callback, ActMem))
@@ -146,6 +150,7 @@ class ActMem(Callback):
         self._share(getattr(trainer.strategy, "actmem", None))
         self.engine.rank = trainer.global_rank
         if stage == "fit":
+            self.engine.check_device(trainer.strategy.root_device)
             self._stop()
             if self.adaptation.has_run:
                 self._restart(getattr(trainer.strategy, "actmem", None))

@@ -115,7 +115,8 @@ def plan(
         raise ValueError(f"trace must be exactly two batch sizes, the smaller one first, got {list(trace)}.")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}.")
-    settings = {**given_settings(config), "summary": False}
+    # Where tensors are makes no difference to what is stored, and the small batches may well run on the CPU.
+    settings = {**given_settings(config), "summary": False, "offload": False}
     budget_bytes = None if budget is None else parse_bytes(budget)
     probe = partial(_probe, model, datamodule, trace, batch_arg_name, accelerator)
     methods: list[MethodPlan] = []

@@ -67,6 +67,7 @@ class ActMemStrategy(_ActMemMixin, SingleDeviceStrategy):
         budget: Activation bytes to store at most (``"4GiB"``).
         adapt_every: Training batches between two adaptations; 0: once an epoch.
         method: ``"actmem"``, ``"actnn"`` or ``"gact"``.
+        offload: Whether packed tensors move to the host, or the bytes that stay on the device (``"2GiB"``).
         summary: Print the per-layer table after the first training step.
         verbose: Print at every adaptation what changes and why, and the table again.
         device: The device; ``None`` takes it from the Trainer.
@@ -111,6 +112,7 @@ class ActMemStrategy(_ActMemMixin, SingleDeviceStrategy):
         budget: str | None = None,
         adapt_every: int | None = None,
         method: str | None = None,
+        offload: bool | int | str | None = None,
         summary: bool | None = None,
         verbose: bool | None = None,
         device: torch.device | str | int | None = None,
@@ -146,6 +148,7 @@ class ActMemStrategy(_ActMemMixin, SingleDeviceStrategy):
             budget=budget,
             adapt_every=adapt_every,
             method=method,
+            offload=offload,
             summary=summary,
             verbose=verbose,
             **fields,
@@ -226,6 +229,7 @@ class ActMemDDPStrategy(_ActMemMixin, DDPStrategy):
         budget: Activation bytes to store at most (``"4GiB"``).
         adapt_every: Training batches between two adaptations; 0: once an epoch.
         method: ``"actmem"``, ``"actnn"`` or ``"gact"``.
+        offload: Whether packed tensors move to the host, or the bytes that stay on the device (``"2GiB"``).
         summary: Print the per-layer table after the first training step.
         verbose: Print at every adaptation what changes and why, and the table again.
         **ddp_arguments: Those of Lightning's ``DDPStrategy``.
@@ -260,6 +264,7 @@ class ActMemDDPStrategy(_ActMemMixin, DDPStrategy):
         budget: str | None = None,
         adapt_every: int | None = None,
         method: str | None = None,
+        offload: bool | int | str | None = None,
         summary: bool | None = None,
         verbose: bool | None = None,
         **ddp_arguments: Any,
@@ -286,6 +291,7 @@ class ActMemDDPStrategy(_ActMemMixin, DDPStrategy):
             budget=budget,
             adapt_every=adapt_every,
             method=method,
+            offload=offload,
             summary=summary,
             verbose=verbose,
         )

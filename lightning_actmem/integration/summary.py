@@ -166,6 +166,11 @@ def _notes(report: StepReport) -> Iterable[str]:
         f"Largest at one time: {human_bytes(report.saved_bytes)} stored where plain training keeps "
         f"{human_bytes(report.raw_bytes)} (ratio {report.ratio:.2f}, {report.bits_per_element:.2f} bits per element)."
     )
+    if report.device_bytes is not None and report.offloaded_bytes is not None:
+        yield (
+            f"Of it on the device {human_bytes(report.device_bytes)} at one time, what is under way included, and on "
+            f"the host {human_bytes(report.offloaded_bytes)}."
+        )
     borrowed = [(kind, report.bytes_by_kind[kind][0]) for kind in sorted(BORROWED) if kind in report.bytes_by_kind]
     if borrowed:
         listed = ", ".join(f"{kind} {human_bytes(count)}" for kind, count in borrowed)

@@ -138,7 +138,7 @@ class Payload:
         self._dtype = dtype
         self._key = key
         self._backend = backend
-        self._charges = charges
+        self._charges: tuple[object, ...] = charges
 
     def decode(self) -> Tensor:
         """Return the segment, 1-D; the same values every time."""

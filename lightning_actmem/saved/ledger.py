@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 
 from .site import Site
+from .whereabouts import Whereabouts
 
 #: Kept alive by somebody else, so reported beside the activations and not counted among them.
 BORROWED = frozenset({"weight", "buffer", "input"})
@@ -94,6 +95,7 @@ class Ledger:
         packed_on_cpu: Whether ``pack_ns`` covers everything packed in the step (device work would need a
             synchronisation to be timed).
         rows: Bytes by site in the order of the forward pass; the next step uses the rows again.
+        whereabouts: Which of the stored bytes are on the host, where an offload moves them.
     """
 
     live_saved_bytes: int = 0
@@ -102,6 +104,7 @@ class Ledger:
     pack_ns: int = 0
     packed_on_cpu: bool = True
     rows: list[SiteBytes] = field(default_factory=list)
+    whereabouts: Whereabouts | None = None
     # As of the last settling: from then on the live figures have only grown.
     _peak_saved_bytes: int = 0
     _peak_raw_bytes: int = 0
@@ -138,6 +141,8 @@ class Ledger:
         self._peak_saved_bytes = self.live_saved_bytes
         self._peak_raw_bytes = self.live_raw_bytes
         self._peak_waiting_bytes = self.live_waiting_bytes
+        if self.whereabouts is not None:
+            self.whereabouts.start_step(self.live_saved_bytes)
         self.pack_ns = 0
         self.packed_on_cpu = True
         self.rows.clear()
@@ -148,6 +153,9 @@ class Ledger:
         self._peak_saved_bytes = self.peak_saved_bytes
         self._peak_raw_bytes = self.peak_raw_bytes
         self._peak_waiting_bytes = self.peak_waiting_bytes
+        if self.whereabouts is not None:
+            self.whereabouts.note(self.live_saved_bytes)
+            self.whereabouts.settle()
         kept_bytes = 0
         for _ in range(len(self._released)):  # as many as there are: others may follow from other threads
             released = self._released.popleft()

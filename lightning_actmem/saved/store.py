@@ -22,6 +22,8 @@ from .handle import AnyPayload, DecodeCache, Handle, Kept, Packed, Payload, Pool
 from .identify import MASK, POSITIONS, Verdict
 from .kept_first import KeptFirst
 from .ledger import Charge, Ledger, SiteBytes
+from .offload import Offload
+from .parcel import Movable
 from .probe import ProbePayload, Watch, may_fold
 from .scope import LayerScope
 from .share import SharedStorages, StoredStorage
@@ -63,6 +65,8 @@ class Store:
         self.split: Split | None = None
         #: Whether a ReLU's sign leaves the input of a batch norm its bits, instead of taking one away.
         self.keeps_width = False
+        #: Moves encoded segments to the host, if the settings ask for it.
+        self.offload: Offload | None = None
         self._borrowed_seen: set[int] = set()
         self._waiting = Waiting()
         self._noise = 0
@@ -73,6 +77,8 @@ class Store:
         self._borrowed_seen.clear()
         self.shared.clear()
         self._sites.start_step()
+        if self.offload is not None:
+            self.offload.start_step()
         self._ledger.start_step()
 
     def end_step(self) -> None:
@@ -80,6 +86,8 @@ class Store:
         try:
             self.deferred.settle(everything=True)
             self._waiting.settle()
+            if self.offload is not None:
+                self.offload.end_step()
         finally:
             self.deferred.waiting = []  # who is still waiting is encoded when backward asks
             self.shared.clear()
@@ -292,7 +300,12 @@ class Store:
         self._ledger.packed_on_cpu &= flat.device.type == "cpu"
         saved_bytes = spec.stored_bytes(flat.numel(), dtype)
         charges = Charge(self._ledger, saved_bytes=saved_bytes), raw
-        return Payload(tensors, spec, flat.numel(), dtype, key, self._backend, self.cache, charges), saved_bytes
+        parts = tensors, spec, flat.numel(), dtype, key, self._backend, self.cache, charges
+        if self.offload is None:
+            return Payload(*parts), saved_bytes
+        payload = Movable(self.offload, saved_bytes, *parts)
+        self.offload.add(payload)
+        return payload, saved_bytes
 
     def _raw_charge(self, storage: UntypedStorage, entry: StoredStorage) -> tuple[Charge, int]:
         charge = entry.raw_charge()

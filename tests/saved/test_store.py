@@ -8,12 +8,16 @@ import pytest
 import torch
 
 from lightning_actmem.saved.declared import Declared
-from lightning_actmem.saved.handle import Kept
+from lightning_actmem.saved.handle import Kept, Packed, Payload
 from lightning_actmem.saved.identify import Verdict
 from lightning_actmem.saved.ledger import Ledger
+from lightning_actmem.saved.offload import Offload
+from lightning_actmem.saved.parcel import Movable
 from lightning_actmem.saved.scope import Frame, LayerScope
+from lightning_actmem.saved.site import Site
 from lightning_actmem.saved.store import Store
 from lightning_actmem_kernels import CodecSpec
+from tests.saved.slow_transport import SlowTransport
 
 SMALL = Verdict("tanh", "result", "small")
 PACKED = Verdict("linear", "input", "packed", CodecSpec("uniform", bits=4))
@@ -83,3 +87,13 @@ def test_what_is_encoded_after_its_step_is_no_part_of_the_next(store: Store, led
     handle.restore()
     assert [(row.codec, row.saved_bytes) for row in ledger.sites.values()] == [("exact", 16)]
     assert isinstance(exact, Kept)
+
+
+def test_segments_are_movable_only_where_something_moves(store: Store, ledger: Ledger) -> None:
+    kinds = []
+    for offload in (None, Offload(ledger, 0, SlowTransport())):
+        store.offload = offload
+        handle, _ = store.mask(torch.ones(1024, dtype=torch.bool), Site("", "relu", "result", 0))
+        assert isinstance(handle, Packed)
+        kinds.append(type(handle.payload))
+    assert kinds == [Payload, Movable]

@@ -1,0 +1,524 @@
+"""Offload on any machine: what moves, in which order it comes back, and when memory is let go.
+
+`SlowTransport` copies as late as it may and fills fresh and freed memory with garbage, so that a value read before its
+copy, or memory freed before it, shows in the values.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_actmem.errors import ActMemError
+from lightning_actmem.saved.handle import DecodeCache
+from lightning_actmem.saved.ledger import Charge, Ledger
+from lightning_actmem.saved.offload import Offload
+from lightning_actmem.saved.parcel import Movable
+from lightning_actmem_kernels import CodecSpec
+from tests.saved.slow_transport import SlowTransport
+
+PARCEL = 4096
+SEGMENT = 1024
+UNDER_WAY = 2
+
+
+class Bench:
+    """An offload with segments that hold their number."""
+
+    def __init__(self, limit_bytes: int = 0, transport: SlowTransport | None = None, **fields: Any) -> None:
+        self.ledger = Ledger()
+        self.transport = SlowTransport() if transport is None else transport
+        settings = {"parcel_bytes": PARCEL, "under_way": UNDER_WAY, "least_bytes": 256, **fields}
+        self.offload = Offload(self.ledger, limit_bytes, self.transport, **settings)
+        self.segments: list[Movable | None] = []
+
+    def store(self, count: int = 1, nbytes: int = SEGMENT, dtype: torch.dtype = torch.float32) -> None:
+        for _ in range(count):
+            values = torch.full((nbytes // dtype.itemsize,), len(self.segments) + 1).to(dtype)
+            self.segments.append(self.segment((values,)))
+
+    def segment(self, tensors: tuple[Tensor, ...]) -> Movable:
+        nbytes = sum(tensor.nbytes for tensor in tensors)
+        charges = (Charge(self.ledger, saved_bytes=nbytes),)
+        numel, dtype = tensors[0].numel(), tensors[0].dtype
+        spec = CodecSpec("identity")
+        segment = Movable(self.offload, nbytes, tensors, spec, numel, dtype, 0, None, DecodeCache(), charges)
+        self.offload.add(segment)
+        return segment
+
+    def read(self, number: int) -> None:
+        """Assert that a segment comes back as it was."""
+        segment = self.segments[number]
+        assert segment is not None
+        values = segment.decode()
+        assert torch.equal(values, torch.full_like(values, number + 1))
+
+    def read_and_free(self, number: int) -> None:
+        self.read(number)
+        self.segments[number] = None
+
+    def where(self) -> str:
+        """One letter for each segment: on the ``d``evice, ``b``oth, ``h``ost, or gone (``-``)."""
+        return "".join("-" if segment is None else _where(segment) for segment in self.segments)
+
+    def live(self) -> tuple[int, int]:
+        """Bytes on the device and on the host now."""
+        self.ledger.settle()
+        places = self.ledger.whereabouts
+        assert places is not None
+        return places.device_bytes(self.ledger.live_saved_bytes), places.live_host_bytes
+
+    def peak_device_bytes(self) -> int:
+        places = self.ledger.whereabouts
+        assert places is not None
+        return places.peak_device_bytes(self.ledger.live_saved_bytes)
+
+
+def _where(segment: Movable) -> str:
+    if segment.parcel is None:
+        return "d"
+    return "h" if segment.parcel.transfer is None else "b"
+
+
+def in_backward(*actions: Callable[[], object]) -> None:
+    """Run each action within a backward pass of its own."""
+    for action in actions:
+        x = torch.ones(1, requires_grad=True)
+        y = x * 1
+        y.register_hook(lambda _, action=action: action() and None)
+        y.backward()
+
+
+def down(bench: Bench, *, free: bool = True) -> Callable[[], None]:
+    """Read every segment, the last one first, as backward does."""
+
+    def run() -> None:
+        for number in reversed(range(len(bench.segments))):
+            if bench.segments[number] is not None:
+                (bench.read_and_free if free else bench.read)(number)
+
+    return run
+
+
+# ---------------------------------------------------------------- what moves
+
+
+def test_the_oldest_move_and_the_last_parcel_stays() -> None:
+    bench = Bench()
+    bench.store(4)
+    assert bench.where() == "dddd"
+    bench.store(1)  # more than a parcel
+    assert bench.where() == "bbbbd"  # the first is under way
+    bench.store(15)
+    assert bench.where() == "hhhhhhhhbbbbbbbbdddd"
+    bench.offload.end_step()
+    assert bench.where()[-4:] == "dddd"  # backward needs them at once
+    assert bench.transport.calls["send"] == 4
+
+
+def test_a_limit_leaves_the_latest_on_the_device() -> None:
+    bench = Bench(limit_bytes=5 * PARCEL)
+    bench.store(8)
+    assert bench.where() == "d" * 8
+    bench.store(24)
+    # Three of five parcels' worth are for transfers.
+    assert bench.where() == "h" * 16 + "b" * 8 + "d" * 8
+    assert bench.peak_device_bytes() <= 5 * PARCEL
+
+
+def test_what_cannot_move_takes_from_the_limit() -> None:
+    bench = Bench(limit_bytes=5 * PARCEL)
+    exact = Charge(bench.ledger, saved_bytes=4 * PARCEL)
+    bench.store(3)
+    assert bench.where() == "ddd"  # less than a parcel: it waits for more
+    bench.offload.end_step()
+    assert bench.where() == "bbb"  # until the forward pass is over
+    assert exact.saved_bytes == bench.live()[0] - 3 * SEGMENT
+
+
+def test_nothing_moves_below_the_limit() -> None:
+    bench = Bench(limit_bytes=100 * PARCEL)
+    bench.store(64)
+    bench.offload.end_step()
+    in_backward(down(bench))
+    assert not bench.transport.calls
+    assert bench.live() == (0, 0)
+
+
+def test_small_segments_stay() -> None:
+    bench = Bench(least_bytes=SEGMENT)
+    bench.store(1, nbytes=SEGMENT - 4)
+    bench.store(8)
+    assert bench.where() == "d" + "b" * 8
+
+
+def test_a_parcel_is_full_or_one_large_segment() -> None:
+    bench = Bench()
+    bench.store(1, nbytes=3 * PARCEL)
+    bench.store(2, nbytes=PARCEL - 512)
+    bench.store(1, nbytes=512)
+    bench.store(4)
+    parcels = [segment.parcel for segment in bench.segments if segment is not None and segment.parcel is not None]
+    assert [parcel.number for parcel in parcels] == [0, 1, 2, 2]
+    assert [parcel.nbytes for parcel in parcels] == [3 * PARCEL, PARCEL - 512, PARCEL, PARCEL]
+    in_backward(down(bench))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.float32, torch.bfloat16, torch.float64, torch.bool])
+def test_every_type_comes_back(dtype: torch.dtype) -> None:
+    bench = Bench()
+    odd = [torch.arange(n).to(dtype) for n in (301, 307, 1009)]
+    segments = [bench.segment((values,)) for values in odd]
+    bench.store(16)
+    assert all(segment.parcel is not None for segment in segments)
+    for segment, values in zip(segments, odd, strict=True):
+        assert torch.equal(segment.decode(), values)
+
+
+def test_several_tensors_of_a_segment_keep_their_shapes() -> None:
+    bench = Bench()
+    tensors = (torch.randint(0, 255, (7, 3, 32), dtype=torch.uint8), torch.randn(7), torch.randn(3, 1).bfloat16())
+    segment = bench.segment(tensors)
+    bench.store(16)
+    assert segment.parcel is not None
+    for found, wanted in zip(bench.offload.tensors_of(segment), tensors, strict=True):
+        assert found.dtype == wanted.dtype
+        assert torch.equal(found, wanted)
+        assert found.data_ptr() % found.element_size() == 0
+
+
+def test_segments_of_two_streams_do_not_travel_together() -> None:
+    bench = Bench()
+    for stream in ("main", "main", "side", "side", "main", "main", "main", "main"):
+        bench.transport.stream = stream
+        bench.store()
+    numbers = [segment.parcel and segment.parcel.number for segment in bench.segments if segment is not None]
+    assert numbers == [0, 0, 1, 1, None, None, None, None]
+    bench.transport.stream = "main"
+    in_backward(down(bench))
+    assert bench.transport.freed_early == 0
+
+
+def test_what_has_died_does_not_travel() -> None:
+    bench = Bench()
+    bench.store(3)
+    bench.segments[1] = None
+    bench.store(4)
+    (first,) = {segment.parcel for segment in bench.segments[:1] if segment is not None}
+    assert first is not None
+    assert first.nbytes == PARCEL
+    assert bench.where() == "b-bbbdd"
+
+
+# ---------------------------------------------------------------- how it comes back
+
+
+def test_backward_fetches_ahead_in_reverse_order() -> None:
+    bench = Bench()
+    bench.store(22)
+    assert bench.where() == "h" * 12 + "b" * 8 + "dd"
+    seen = []
+
+    def run() -> None:
+        for number in reversed(range(22)):
+            bench.read_and_free(number)
+            seen.append(bench.where())
+
+    in_backward(run)
+    assert seen[1] == "h" * 12 + "b" * 8 + "--"
+    assert seen[2] == "h" * 8 + "b" * 11 + "---"  # one parcel is being read, two are ahead of it
+    assert seen[6] == "h" * 4 + "b" * 11 + "-" * 7
+    assert seen[10] == "b" * 11 + "-" * 11
+    assert bench.transport.calls["bring"] == 3
+    assert bench.transport.freed_early == 0
+
+
+def test_a_limit_lets_backward_fetch_as_far_as_it_has_room() -> None:
+    bench = Bench(limit_bytes=8 * PARCEL)
+    bench.store(64)
+    assert bench.where() == "h" * 36 + "b" * 8 + "d" * 20
+    bench.ledger.start_step()  # the peak of backward alone
+
+    def run() -> None:
+        for number in reversed(range(44, 64)):
+            bench.read_and_free(number)
+        assert bench.where() == "h" * 16 + "b" * 28 + "-" * 20
+        down(bench)()
+
+    in_backward(run)
+    assert bench.peak_device_bytes() <= 8 * PARCEL
+    assert bench.transport.calls["bring"] == 9
+    assert bench.live() == (0, 0)
+
+
+def test_the_forward_pass_reads_without_fetching_ahead() -> None:
+    """A batch norm's input is folded with the sign of the ReLU behind it, while the forward pass goes on."""
+    bench = Bench(limit_bytes=8 * PARCEL)
+    bench.store(64)
+    bench.segments[48:] = [None] * 16  # room for more
+    bench.read(20)
+    assert bench.where() == "h" * 20 + "b" * 4 + "h" * 12 + "b" * 8 + "d" * 4 + "-" * 16
+    assert bench.transport.calls["bring"] == 1
+
+
+def test_an_old_parcel_that_many_read_does_not_mislead() -> None:
+    bench = Bench()
+    bench.store(40)
+
+    def run() -> None:
+        for number in reversed(range(4, 40)):
+            bench.read_and_free(number)
+            bench.read(0)
+
+    in_backward(run)
+    assert bench.transport.calls["bring"] == 7  # each that was on the host alone, once
+    in_backward(lambda: bench.read_and_free(0))
+
+
+def test_a_pass_that_begins_with_an_old_parcel_finds_its_way() -> None:
+    bench = Bench()
+    bench.store(40)
+
+    def run() -> None:
+        bench.read(0)
+        for number in reversed(range(26, 40)):
+            bench.read_and_free(number)
+        # One had to be waited for; from there on they are fetched ahead again.
+        assert bench.where() == "h" * 16 + "b" * 10 + "-" * 14
+
+    in_backward(run)
+
+
+def test_a_large_parcel_does_not_wait_for_room() -> None:
+    bench = Bench()
+    for _ in range(6):
+        bench.store(1, nbytes=3 * PARCEL)
+    assert bench.where() == "hhhhbb"
+
+    def run() -> None:
+        bench.read_and_free(5)
+        assert bench.where() == "hhhhb-"
+        bench.read_and_free(4)
+        assert bench.where() == "hhhb--"
+        down(bench)()
+
+    in_backward(run)
+    assert bench.transport.calls["bring"] == 4
+    assert bench.live() == (0, 0)
+
+
+def test_another_stream_waits_too() -> None:
+    bench = Bench()
+    bench.store(16)
+    bench.transport.stream = "other"
+    in_backward(down(bench))
+    assert bench.transport.freed_early == 0
+    assert bench.live()[1] == 0
+
+
+# ---------------------------------------------------------------- how long it lives
+
+
+def test_a_kept_graph_goes_back_to_the_host() -> None:
+    bench = Bench()
+    bench.store(24)
+    for _ in range(3):
+        in_backward(down(bench, free=False))
+        device_bytes, host_bytes = bench.live()
+        assert host_bytes == 20 * SEGMENT
+        assert device_bytes <= (UNDER_WAY + 1) * PARCEL  # those read last, and what has never left
+    in_backward(down(bench))
+    assert bench.live() == (0, 0)
+    assert bench.transport.freed_early == 0
+
+
+def test_a_graph_of_an_earlier_step_leaves_the_device_when_the_next_begins() -> None:
+    bench = Bench()
+    bench.store(18)
+    in_backward(down(bench, free=False))
+    bench.offload.start_step()
+    assert bench.where() == "h" * 16 + "dd"
+    bench.store(6)
+    assert bench.where() == "h" * 16 + "bbbb" + "dddd"  # what is left of it is the oldest
+    in_backward(down(bench))
+    assert bench.live() == (0, 0)
+    assert bench.transport.freed_early == 0
+
+
+def test_what_is_left_of_an_earlier_step_is_fetched_ahead() -> None:
+    bench = Bench()
+    bench.store(36)
+    bench.segments[:16] = [None] * 16
+    bench.segments[32:] = [None] * 4
+    bench.offload.start_step()
+    assert bench.where() == "-" * 16 + "h" * 16 + "-" * 4
+    in_backward(lambda: bench.read(31))
+    assert bench.where() == "-" * 16 + "h" * 4 + "b" * 12 + "-" * 4
+
+
+def test_handles_that_die_before_backward_leave_nothing() -> None:
+    bench = Bench()
+    bench.store(18)
+    bench.segments.clear()
+    bench.offload.start_step()
+    assert bench.live() == (0, 0)
+    bench.store(18)
+    assert bench.transport.made == 4  # all of the host's memory has been used again
+    bench.segments[:16] = [None] * 16
+    bench.read(16)
+    assert bench.live() == (2 * SEGMENT, 0)
+    assert bench.transport.freed_early == 0
+
+
+def test_a_dead_parcel_is_freed_after_its_copy() -> None:
+    """The copy to the host has not run when the graph dies, nor has one that was fetched ahead and not needed."""
+    bench = Bench()
+    bench.store(16)
+    in_backward(lambda: bench.read(15))
+    bench.segments[8:] = [None] * 8
+    assert bench.transport.freed_early == 0
+    bench.store(16)  # by which the host's memory is used again
+    bench.read(0)
+    in_backward(down(bench))
+    assert bench.transport.freed_early == 0
+
+
+def test_parts_that_backward_skips_do_not_stop_it() -> None:
+    bench = Bench()
+    bench.store(64)
+
+    def run() -> None:
+        for number in reversed(range(0, 64, 8)):  # every other parcel is fetched in vain
+            bench.read_and_free(number)
+            bench.segments[number + 4 : number + 8] = [None] * 4
+
+    in_backward(run)
+    bench.segments = [None if number % 8 < 4 else segment for number, segment in enumerate(bench.segments)]
+    bench.offload.start_step()
+    assert bench.live() == (0, 0)
+    bench.segments.clear()
+    bench.store(24)
+    in_backward(down(bench))
+    assert bench.transport.freed_early == 0
+
+
+def test_several_backward_passes_over_parts_of_one_step() -> None:
+    bench = Bench()
+    bench.store(48)
+
+    def part(start: int, stop: int) -> Callable[[], None]:
+        return lambda: [bench.read_and_free(number) for number in reversed(range(start, stop))] and None
+
+    in_backward(part(0, 16), part(32, 48), part(16, 32))
+    assert bench.live() == (0, 0)
+    assert bench.transport.freed_early == 0
+
+
+def test_the_hosts_memory_is_used_again() -> None:
+    bench = Bench()
+    for _ in range(4):
+        bench.offload.start_step()
+        bench.store(32)
+        bench.offload.end_step()
+        in_backward(down(bench))
+        bench.segments.clear()
+    assert bench.transport.made == 7
+    bench.offload.release()
+    assert not bench.transport.idle
+
+
+# ---------------------------------------------------------------- what may go wrong
+
+
+def test_an_error_while_sending_leaves_everything_readable() -> None:
+    bench = Bench()
+    bench.store(8)
+    bench.transport.fails = ActMemError("no pinned memory")
+    with pytest.raises(ActMemError, match="no pinned memory"):
+        bench.store(1)
+    bench.transport.fails = None
+    in_backward(down(bench))
+    assert bench.live() == (PARCEL, 0)  # of a graph this small the copy to the host may still run when it dies
+    bench.offload.start_step()
+    assert bench.live() == (0, 0)
+
+
+def test_no_memory_to_fetch_ahead_is_no_error() -> None:
+    bench = Bench()
+    bench.store(18)
+    bench.transport.fails = torch.OutOfMemoryError("CUDA out of memory.")
+    in_backward(*(lambda number=number: bench.read_and_free(number) for number in (17, 16)))
+    with pytest.raises(torch.OutOfMemoryError):  # what is needed now is another matter
+        in_backward(lambda: bench.read(0))
+    bench.transport.fails = None
+    in_backward(down(bench))
+    assert bench.live() == (0, 0)
+
+
+def test_what_is_elsewhere_stays_there() -> None:
+    bench = Bench(limit_bytes=100 * PARCEL)
+    bench.transport.device_type = "meta"
+    here, there = torch.zeros(2048), torch.zeros(2048, device="meta")
+    with pytest.raises(ActMemError, match=r"from a META device to the host, and a tensor to be packed is on 'cpu'.*"):
+        bench.segment((here,))
+    moved = [bench.segment((there,)) for _ in range(2)]
+    stays = bench.segment((here,))
+    assert [segment.origin for segment in (*moved, stays)] == ["main", "main", None]
+    assert torch.equal(stays.decode(), here)
+
+
+def test_the_model_has_to_be_on_the_device() -> None:
+    bench = Bench()
+    bench.transport.device_type = "meta"
+    bench.offload.check(None)
+    bench.offload.check(nn.Flatten())
+    with pytest.raises(ActMemError, match=r"Linear has all of its parameters on 'cpu'\. .* or set offload=False"):
+        bench.offload.check(nn.Linear(2, 2))
+    bench.offload.check(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta")))
+    bench.segments.append(bench.segment((torch.zeros(2048),)))  # part of a model that is not all there
+    with pytest.raises(ActMemError, match=r"training is to run on 'cpu'"):
+        bench.offload.check_device(torch.device("cpu"))
+
+
+class Turnstile(SlowTransport):
+    """Lets one thread in at a time, and takes long enough for the others to come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Lock()
+
+    def bring(self, *arguments: Any) -> Any:
+        assert self.gate.acquire(blocking=False), "two threads at once"
+        try:
+            time.sleep(1e-3)
+            return super().bring(*arguments)
+        finally:
+            self.gate.release()
+
+
+def test_threads_of_autograd_take_turns() -> None:
+    bench = Bench(transport=Turnstile())
+    bench.store(64)
+    errors: list[BaseException] = []
+
+    def read(start: int) -> None:
+        try:
+            for number in reversed(range(start, 64, 4)):
+                bench.read_and_free(number)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=read, args=(start,)) for start in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert bench.live()[1] == 0
+    assert bench.transport.freed_early == 0
