@@ -128,11 +128,14 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast; default: fp32")
     parser.add_argument("--repeats", type=_positive, default=5, help="timed steps per method; default: 5")
     parser.add_argument("--no-derive", action="store_true", help="store, too, what ActMem would compute again")
+    parser.add_argument("--offload", metavar="BYTES", help="ActMem leaves so much on the GPU ('2GiB'); 'true': little")
     parser.add_argument("--threads", type=_positive, default=1, help="of the CPU; one is least disturbed; default: 1")
     parser.add_argument("--csv", type=Path, default=CSV, help="the rows are appended here; default: beside the program")
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a CUDA GPU and a PyTorch built for it, and there is none. Use --device cpu.")
+    if options.offload and options.device != "cuda":
+        parser.error("--offload needs --device cuda: tensors move from there to the host.")
     return options
 
 
@@ -149,7 +152,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     console = Console()
     for name in options.model:
-        fields = {"derive": False} if options.no_derive else {}
+        fields: dict[str, Any] = {"derive": False} if options.no_derive else {}
+        if options.offload:
+            fields["offload"] = options.offload == "true" or options.offload
         rows = measure(name, options.batch, options.device, options.dtype, options.bits, options.repeats, **fields)
         append(options.csv, rows)
         console.print(table_of(rows), "")

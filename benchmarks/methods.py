@@ -83,7 +83,9 @@ class ActMem(Method):
         loss.backward()
         report = self.engine.report()
         exact_bytes = sum(row.saved_bytes for row in report.rows if row.kind not in BORROWED and row.codec == "exact")
-        return Stored(report.saved_bytes, exact_bytes=exact_bytes)
+        if report.device_bytes is None:
+            return Stored(report.saved_bytes, exact_bytes=exact_bytes)
+        return Stored(report.device_bytes, report.offloaded_bytes or 0, exact_bytes)
 
     def note(self, work: Workload) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.fields.items())

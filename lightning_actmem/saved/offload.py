@@ -19,7 +19,7 @@ from .whereabouts import Booking, Whereabouts
 
 # Not yet measured. At 25 GB/s a parcel takes 0.3 ms, of which starting it takes some 3 %.
 PARCEL_BYTES = 8 << 20
-# Parcels on their way at one time, in either direction: what transfers take on the device beside what is kept there.
+# Parcels' worth of bytes on their way at one time, in either direction, and at least one parcel.
 UNDER_WAY = 3
 # Smaller segments stay on the device: the host's time for each is worth more than their bytes.
 LEAST_BYTES = 16 << 10
@@ -29,17 +29,17 @@ class Offload:
     """Keeps a limited number of stored bytes on the device, and the rest on the host.
 
     The oldest segments go first: backward needs them last. They wait until they fill a parcel, which is copied while
-    the forward pass goes on; its device memory is let go when `UNDER_WAY` more have followed. In backward parcels come
-    back the latest first, as far ahead as the limit has room, and at least `UNDER_WAY`. What has been read
+    the forward pass goes on; its device memory is let go when `UNDER_WAY` others follow. In backward parcels come
+    back the latest first, as far ahead as the limit has room, and `UNDER_WAY` of them in any case. What has been read
     lives on the device until its graph is freed, or until `UNDER_WAY` others have been read after it.
 
     Args:
         ledger: Knows what is stored; learns where.
-        limit_bytes: Stored bytes that may stay on the device, transfers included; 0: only what would have to come back
-            at once. Tensors kept by reference count too, and cannot move.
+        limit_bytes: Stored bytes that may be on the device, transfers included; where these take more than all of
+            it, or at 0, only what backward needs at once stays. Tensors kept by reference count too, and cannot move.
         transport: Copies.
         parcel_bytes: Bytes of a parcel; a larger segment makes one by itself.
-        under_way: Parcels on their way at one time.
+        under_way: Parcels' worth of bytes on their way at one time.
         least_bytes: Segments with fewer bytes stay on the device.
     """
 
@@ -63,6 +63,7 @@ class Offload:
         # Segments that have not been moved, oldest first, and their bytes.
         self._queue: deque[tuple[ReferenceType[Movable], int]] = deque()
         self._queued_bytes = 0
+        self._largest_bytes = parcel_bytes
         # Parcels in the order of the forward pass; those on their way to the host; those read last, latest last.
         self._sent: list[ReferenceType[Parcel]] = []
         self._leaving: deque[ReferenceType[Parcel]] = deque()
@@ -138,6 +139,7 @@ class Offload:
         with self._lock:
             self._queue.append((ref(payload), payload.saved_bytes))
             self._queued_bytes += payload.saved_bytes
+            self._largest_bytes = max(self._largest_bytes, payload.saved_bytes)
             self._bury()
             self._move_excess(self._parcel_bytes)
 
@@ -158,8 +160,9 @@ class Offload:
             return tensors
 
     def _move_excess(self, least_queued_bytes: int) -> None:
-        """Send the oldest segments off while there is a parcel's worth above what may stay."""
-        most_bytes = max(self._limit_bytes - (self._under_way + 1) * self._parcel_bytes, self._parcel_bytes)
+        """Send the oldest segments off while more is kept than the limit leaves beside transfers and the next one."""
+        transfers_bytes = max(self._under_way * self._parcel_bytes, self._largest_bytes)
+        most_bytes = max(self._limit_bytes - transfers_bytes - self._largest_bytes, self._parcel_bytes)
         while self._queue and self._queued_bytes >= least_queued_bytes:
             self._ledger.settle()
             if self._ledger.live_saved_bytes - self._places.live_moved_bytes <= most_bytes:
@@ -181,10 +184,7 @@ class Offload:
             self._queued_bytes -= self._queue.popleft()[1]
         if not members:
             return
-        while len(self._leaving) >= self._under_way:
-            oldest = self._leaving.popleft()()
-            if oldest is not None and oldest.transfer is not None and not oldest.transfer.inbound:
-                self._let_go(oldest)
+        self._make_way(nbytes)
         tensors = [tensor for payload, _ in members for tensor in payload.tensors]
         places = [piece for _, pieces in members for piece in pieces]
         host, transfer = self._transport.send(tensors, places, nbytes, members[0][0].origin)
@@ -197,6 +197,16 @@ class Offload:
             payload.move(parcel, pieces, Booking(self._ledger, moved_bytes=payload.saved_bytes))
         self._sent.append(ref(parcel))
         self._leaving.append(ref(parcel))
+
+    def _make_way(self, nbytes: int) -> None:
+        """Let go of what has been sent first, if more would be on its way than is allowed."""
+        alive = [parcel for reference in self._leaving if (parcel := reference()) is not None]
+        leaving = deque(parcel for parcel in alive if parcel.transfer is not None and not parcel.transfer.inbound)
+        nbytes += sum(parcel.nbytes for parcel in leaving)
+        while leaving and nbytes > self._under_way * self._parcel_bytes:
+            nbytes -= leaving[0].nbytes
+            self._let_go(leaving.popleft())
+        self._leaving = deque(ref(parcel) for parcel in leaving)
 
     def _fetch(self, parcel: Parcel) -> Transfer:
         transfer = self._transport.bring(parcel.host, parcel.nbytes, parcel.origin)

@@ -13,6 +13,8 @@ from benchmarks.measure import peak_bytes, quantiles_20_50_80, step
 from benchmarks.methods import ActMem, Checkpoint, Method, SaveOnCpu, all_methods
 from benchmarks.models import CHAIN_OPERATIONS, CLASSES, MODELS, workload
 from benchmarks.results import COLUMNS, append
+from lightning_actmem.saved.offload import Offload
+from tests.saved.slow_transport import SlowTransport
 
 BATCHES = {"mlp": 256, "gpt2": 1, "bert": 1, "resnet18": 2, "resnet50": 2, "chain": 1}
 LOSS_BYTES_PER_SAMPLE = 4 * CLASSES  # the log-softmax
@@ -77,6 +79,22 @@ def test_on_a_gpu_save_on_cpu_moves_the_bytes_to_the_host() -> None:
     assert moved.host_bytes >= plain.device_bytes
     step(work, Method())
     assert peak_bytes(work, ActMem(bits=4)) < peak_bytes(work, Method())
+
+
+def test_what_moves_is_counted_where_it_is() -> None:
+    work, actmem = workload("mlp", 256), ActMem(bits=4)
+    all_bytes = actmem.stored(work).device_bytes
+    actmem.engine._store.offload = Offload(actmem.engine.ledger, 0, SlowTransport(), parcel_bytes=4096, least_bytes=512)
+    stored = actmem.stored(work)
+    assert stored.device_bytes < all_bytes
+    assert all_bytes <= stored.device_bytes + stored.host_bytes
+
+
+@pytest.mark.gpu
+def test_offload_on_a_gpu() -> None:
+    (row,) = (row for row in memory.measure("gpt2", 64, "cuda", bits=(8,), offload=True) if row.method == "actmem")
+    assert row.host_bytes > 0
+    assert row.note == "offload=True"
 
 
 def test_rows_of_every_method() -> None:
@@ -145,8 +163,12 @@ def test_cuda_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("option", "message"),
-    [(["--bits", "5"], "invalid choice: 5"), (["--repeats", "0"], "must be 1 or more, got 0")],
-    ids=["bits", "repeats"],
+    [
+        (["--bits", "5"], "invalid choice: 5"),
+        (["--repeats", "0"], "must be 1 or more, got 0"),
+        (["--offload", "2GiB"], "--offload needs --device cuda"),
+    ],
+    ids=["bits", "repeats", "offload"],
 )
 def test_bad_options(option: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

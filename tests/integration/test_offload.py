@@ -12,18 +12,19 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_actmem import ActMem, ActMemError, ActMemStrategy, StepReport, plan
 from lightning_actmem.integration.summary import render_plain, summarize
 from lightning_actmem.saved.offload import Offload
+from lightning_actmem.saved.transport import CudaTransport, Transport
 from tests.integration.support import PACK_ALL, Net, assert_bit_equal, fit, new_trainer
 from tests.saved.slow_transport import SlowTransport
 
 
 class Offloading(ActMem):
-    """Moves everything, in parcels small enough for the tests' models, on the CPU."""
+    """Moves everything, in parcels small enough for the tests' models; on the CPU unless another transport is given."""
 
-    def __init__(self, limit_bytes: int = 0, **fields: Any) -> None:
+    def __init__(self, transport: Transport | None = None, **fields: Any) -> None:
         super().__init__(**{**PACK_ALL, **fields})
         self.transport = SlowTransport()
         self.engine._store.offload = Offload(
-            self.engine.ledger, limit_bytes, self.transport, parcel_bytes=1024, under_way=1, least_bytes=0
+            self.engine.ledger, 0, transport or self.transport, parcel_bytes=1024, under_way=1, least_bytes=0
         )
         self.reports: list[StepReport] = []
 
@@ -66,6 +67,17 @@ def test_weights_are_those_without() -> None:
     assert actmem.transport.calls["bring"] > 0
     assert actmem.transport.freed_early == 0
     assert not actmem.transport.idle  # given back when the run is over
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_weights_are_those_without() -> None:
+    on_gpu = {"accelerator": "gpu", "devices": 1, "max_steps": 6}
+    actmem = Offloading(CudaTransport(), bits=4)
+    with_offload = train(actmem, **on_gpu).lightning_module
+    without = train(ActMem(bits=4, **PACK_ALL), **on_gpu).lightning_module
+    assert isinstance(with_offload, Net)
+    assert_bit_equal(with_offload, without)
+    assert actmem.reports[-1].offloaded_bytes
 
 
 def test_both_places_are_logged(tmp_path: Any) -> None:

@@ -132,6 +132,15 @@ def test_a_limit_leaves_the_latest_on_the_device() -> None:
     assert bench.peak_device_bytes() <= 5 * PARCEL
 
 
+def test_large_segments_keep_to_the_limit_too() -> None:
+    bench = Bench(limit_bytes=12 * PARCEL)
+    bench.store(16, nbytes=3 * PARCEL)
+    assert bench.where() == "h" * 13 + "bdd"
+    bench.offload.end_step()
+    in_backward(down(bench))
+    assert bench.peak_device_bytes() <= 12 * PARCEL
+
+
 def test_what_cannot_move_takes_from_the_limit() -> None:
     bench = Bench(limit_bytes=5 * PARCEL)
     exact = Charge(bench.ledger, saved_bytes=4 * PARCEL)
@@ -299,7 +308,7 @@ def test_a_large_parcel_does_not_wait_for_room() -> None:
     bench = Bench()
     for _ in range(6):
         bench.store(1, nbytes=3 * PARCEL)
-    assert bench.where() == "hhhhbb"
+    assert bench.where() == "hhhhhb"
 
     def run() -> None:
         bench.read_and_free(5)
@@ -309,7 +318,7 @@ def test_a_large_parcel_does_not_wait_for_room() -> None:
         down(bench)()
 
     in_backward(run)
-    assert bench.transport.calls["bring"] == 4
+    assert bench.transport.calls["bring"] == 5
     assert bench.live() == (0, 0)
 
 
