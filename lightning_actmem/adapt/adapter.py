@@ -187,7 +187,7 @@ class Adapter:
             replay = self._host.probe(closure, module, inputs=given, number=probe, compact=compact)
             if not self.sizes.uses:
                 self.sizes.uses = dict(replay.uses)
-            choices = {site: self._law.candidates(site, use, self._config) for site, use in replay.uses.items()}
+            choices = {site: self._candidates(site, use) for site, use in replay.uses.items()}
             plan = {site: spec for site, use in replay.uses.items() if (spec := self._current(site, use)) is not None}
             if not replay.uses:
                 raise ValueError(
@@ -223,7 +223,7 @@ class Adapter:
         chosen = self._chosen(options, uses)
         self._warn_if_missed(chosen, uses)
         before = self._host.plan
-        plan = {site: choice.spec for site, choice in zip(uses, chosen, strict=True)}
+        plan = {site: choice.spec for site, choice in zip(uses, chosen, strict=True) if not uses[site].pinned}
         changes = [
             Change(
                 site,
@@ -313,7 +313,8 @@ class Adapter:
         warnings.warn(f"ActMem: {missed}. This is said once.", ActMemWarning, stacklevel=3)
 
     def _settings(self) -> list[Any]:
-        return [getattr(self._config, name) for name in _SETTINGS]
+        places = self._config.layer_bits, self._config.layer_activations
+        return [*(getattr(self._config, name) for name in _SETTINGS), *(dict(place) for place in places)]
 
     def _allowed_noise(self, noise: float) -> float:
         """Allow less than the budget, and less still where more has been measured than predicted."""
@@ -321,10 +322,15 @@ class Adapter:
             return _MARGIN * noise
         return _MARGIN * noise * min(1.0, self.expected_noise / self.measured_noise)
 
+    def _candidates(self, site: Site, use: SiteUse) -> list[CodecSpec]:
+        return [use.default] if use.pinned else self._law.candidates(site, use, self._config)
+
     def _choices(self, site: Site, use: SiteUse) -> list[Choice]:
+        if use.pinned:
+            return [Choice(use.default, use.stored_bytes(use.default), self._noise_of(site, use.default) or 0.0)]
         # What stands in for an operation's own tensors is encoded in any case.
         choices = [] if use.default.codec == "fixed" else [Choice(None, use.stored_bytes(None), 0.0)]
-        for spec in self._law.candidates(site, use, self._config):
+        for spec in self._candidates(site, use):
             noise = self._noise_of(site, spec)
             if noise is not None:
                 choices.append(Choice(spec, use.stored_bytes(spec), noise))

@@ -62,7 +62,7 @@ class CodecChooser:
             verdict: What it is.
             spec: Its codec as things are; ``None`` keeps it exact.
         """
-        if spec is None or spec.codec not in _FREE or site in self._chosen or site in self._measured:
+        if spec is None or verdict.pinned or spec.codec not in _FREE or site in self._chosen or site in self._measured:
             return
         specs = _candidates(spec)
         pieces = list(_pieces(layout.flatten(tensor), spec.group_size))

@@ -1,4 +1,4 @@
-"""How many bytes each site stores in training, as far as its codec may be chosen."""
+"""How many bytes each site stores in training, as far as it rounds."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Sizes:
         use = self._step.get(site)
         if use is None:
             assert verdict.spec is not None, "only what has a codec is watched"
-            use = self._step[site] = SiteUse(verdict.spec, verdict.kind, tensor.dtype)
+            use = self._step[site] = SiteUse(verdict.spec, verdict.kind, tensor.dtype, pinned=verdict.pinned)
         use.numels.append(layout.numel)
         return None
 
@@ -64,7 +64,7 @@ class Sizes:
     def state(self) -> dict[str, Any]:
         """Return everything as lists, texts and numbers."""
         uses = [
-            [list(site), as_list(use.default), use.kind, str(use.dtype), list(use.numels)]
+            [list(site), as_list(use.default), use.kind, str(use.dtype), list(use.numels), use.pinned]
             for site, use in self.uses.items()
         ]
         return {"uses": uses, "fixed_bytes": self.fixed_bytes, "due": self._due}
@@ -72,8 +72,10 @@ class Sizes:
     def load(self, state: dict[str, Any]) -> None:
         """Take what `state` returned."""
         self.uses = {
-            Site(*site): SiteUse(CodecSpec(*default), kind, getattr(torch, dtype.partition(".")[2]), list(numels))
-            for site, default, kind, dtype, numels in state["uses"]
+            Site(*site): SiteUse(
+                CodecSpec(*default), kind, getattr(torch, dtype.partition(".")[2]), list(numels), pinned
+            )
+            for site, default, kind, dtype, numels, pinned in state["uses"]
         }
         self.fixed_bytes = int(state["fixed_bytes"])
         self._due = bool(state["due"])

@@ -26,19 +26,21 @@ _EXACT = CodecSpec("identity")
 
 @dataclass
 class SiteUse:
-    """What a site has stored in one step, as far as its codec may be chosen.
+    """What a site has stored in one step, as far as it rounds.
 
     Args:
         default: Codec that it gets without a plan.
         kind: As in the ledger: ``"packed"``, ``"attention"`` or ``"loss"``.
         dtype: Type of the elements.
         numels: Elements of each tensor.
+        pinned: Whether the codec is the user's own for this place: it adds its noise, but there is no choice.
     """
 
     default: CodecSpec
     kind: str
     dtype: torch.dtype
     numels: list[int] = field(default_factory=list)
+    pinned: bool = False
 
     def stored_bytes(self, spec: CodecSpec | None) -> int:
         """Return the bytes that the site's tensors take by this codec (``None``: as they are)."""
@@ -48,7 +50,7 @@ class SiteUse:
 
 
 class Watch(Protocol):
-    """Who wants to know of every tensor whose codec may be chosen."""
+    """Who wants to know of every tensor that is rounded."""
 
     def put(
         self, tensor: Tensor, layout: Layout, site: Site, verdict: Verdict, spec: CodecSpec | None
@@ -99,7 +101,7 @@ class Rounding:
     ) -> AnyPayload | None:
         """Keep a copy of the tensor."""
         assert verdict.spec is not None, "only what has a codec is watched"
-        use = self.uses.setdefault(site, SiteUse(verdict.spec, verdict.kind, tensor.dtype))
+        use = self.uses.setdefault(site, SiteUse(verdict.spec, verdict.kind, tensor.dtype, pinned=verdict.pinned))
         key = _signed(mix64(self._noise ^ site.stream, len(use.numels)))
         use.numels.append(layout.numel)
         flat = layout.flatten(tensor)

@@ -141,8 +141,8 @@ class Store:
         layout = Layout.of(tensor)
         site = self.site(verdict)
         spec = verdict.spec
-        if verdict.spec is not None and not verdict.spec.lossless and not verdict.pinned:
-            spec = self.plan.get(site, spec)
+        if verdict.spec is not None and not verdict.spec.lossless:
+            spec = spec if verdict.pinned else self.plan.get(site, spec)
             if self.watch and layout is not None and not _is_no_smaller(verdict.spec, layout, tensor, storage):
                 payload = self.watch.put(tensor, layout, site, verdict, spec)
                 if isinstance(payload, ProbePayload) and verdict.signed is not None and _fills(tensor, layout):
@@ -193,7 +193,7 @@ class Store:
     ) -> Handle:
         """Encode a tensor that is on its site's row already, on the stream that has made it and will read it."""
         with nullcontext() if stream is None else torch.cuda.stream(stream):
-            watch = None if spec.lossless or verdict.pinned else self.watch
+            watch = None if spec.lossless else self.watch
             given = None if watch is None else watch.put(tensor, layout, site, verdict, spec)
             entry = self.shared[tensor.untyped_storage()]
             if given is not None:

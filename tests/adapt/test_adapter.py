@@ -227,6 +227,43 @@ def test_attention_keeps_its_floor() -> None:
     assert any(spec is not None and spec.bits < 8 for spec in values)
 
 
+def test_the_noise_of_layers_with_bits_of_their_own_is_counted() -> None:
+    """At 8 bits elsewhere it is all that there is, in the prediction and in the measurement."""
+    without, training = Training(bits=8, adapt=True), Training(bits=8, adapt=True, layer_bits={"0": 1})
+    for each in (without, training):
+        each.step()
+        each.measure(60)
+        each.measure(60)
+    noises = [
+        (each.adapter.predicted_noise, each.adapter.measured_noise, each.adapter.expected_noise)
+        for each in (without, training)
+    ]
+    assert all(of_pinned > 50 * of_others > 0 for of_others, of_pinned in zip(*noises, strict=True))
+    assert training.adapter.measured_noise == pytest.approx(training.adapter.expected_noise, rel=0.3)
+
+
+def test_layers_with_bits_of_their_own_take_their_part_of_the_budget() -> None:
+    training = Training(noise=0.05, layer_bits={"0": 2})
+    sure(training)
+    training.adapter.allocate()
+    adapter = training.adapter
+    pinned = {site for site, use in adapter.sizes.uses.items() if use.pinned}
+    assert pinned
+    assert all(site.layer.split(".")[0] == "0" for site in pinned)
+    assert pinned.isdisjoint(training.engine.plan)
+    own = sum(adapter._noise_of(site, CodecSpec("rotated", 2, centre=True)) or 0.0 for site in pinned)
+    assert adapter.predicted_noise is not None
+    assert 0 < own < adapter.predicted_noise <= 0.05
+    training.step()
+    assert all(training.engine.ledger.sites[site].codec == "rotated-2" for site in pinned)
+    state = training.engine.state_dict()
+    for layer_bits, kept in (({"0": 2}, True), ({"0": 4}, False)):
+        resumed = Training(noise=0.05, layer_bits=layer_bits)
+        resumed.engine.load_state_dict(state)
+        assert (resumed.engine.plan == training.engine.plan) is kept
+        assert (resumed.adapter.sizes.uses == adapter.sizes.uses) is kept
+
+
 def test_one_part_is_not_enough() -> None:
     training = Training(adapt=True)
     with pytest.raises(ValueError, match="at least 2 losses on different parts of a batch, got 1"):
