@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_actmem_kernels import CodecSpec
 
 
-def regrouped(segments: Sequence[Tensor], measured: CodecSpec, wanted: Sequence[CodecSpec]) -> dict[CodecSpec, Tensor]:
+def regrouped(segments: Iterable[Tensor], measured: CodecSpec, wanted: Sequence[CodecSpec]) -> dict[CodecSpec, Tensor]:
     """Return what other sizes of groups do to the variance that one size has been measured to make.
 
     A rotation spreads a group's error evenly over its elements, and the error is a fixed share of the group's energy:
@@ -21,7 +21,7 @@ def regrouped(segments: Sequence[Tensor], measured: CodecSpec, wanted: Sequence[
     the scatter of a few draws.
 
     Args:
-        segments: The site's tensors as they are encoded, 1-D.
+        segments: The site's tensors as they are encoded, 1-D; taken one by one.
         measured: The codec that was measured.
         wanted: Codecs, of which those are considered that differ from it in nothing but the size of the groups.
 
@@ -31,15 +31,12 @@ def regrouped(segments: Sequence[Tensor], measured: CodecSpec, wanted: Sequence[
     others = [spec for spec in wanted if spec != measured and replace(spec, group_size=measured.group_size) == measured]
     if measured.codec != "rotated" or not others:
         return {}
-    base = _energy(segments, measured)
-    return {spec: torch.where(base > 0, _energy(segments, spec) / base, 1.0) for spec in others}
+    found = [torch.stack([_energy(segment.float(), spec) for spec in (measured, *others)]) for segment in segments]
+    base, *energies = torch.stack(found).sum(0).unbind()
+    return {spec: torch.where(base > 0, energy / base, 1.0) for spec, energy in zip(others, energies, strict=True)}
 
 
-def _energy(segments: Sequence[Tensor], spec: CodecSpec) -> Tensor:
-    return torch.stack([_segment_energy(segment.float(), spec) for segment in segments]).sum()
-
-
-def _segment_energy(x: Tensor, spec: CodecSpec) -> Tensor:
+def _energy(x: Tensor, spec: CodecSpec) -> Tensor:
     # Zeros fill up the last group; the Hadamard transform keeps its error off most of them.
     groups = F.pad(x, (0, -x.numel() % spec.group_size)).view(-1, spec.group_size)
     centred = groups - groups.mean(1, keepdim=True) if spec.centre else groups

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -44,8 +44,8 @@ class Replay:
         """Bytes that were stored for backward when the forward pass had ended, exact copies and all."""
         return self._rounding.ledger.peak_saved_bytes
 
-    def segments(self, site: Site, spec: CodecSpec) -> list[Tensor]:
-        """Return the tensors of a site as this codec would encode them, 1-D."""
+    def segments(self, site: Site, spec: CodecSpec) -> Iterator[Tensor]:
+        """Yield the tensors of a site as this codec would encode them, 1-D."""
         return self._rounding.segments(site, spec)
 
     def backward(self, parameters: Sequence[Tensor], specs: Specs, visit: Callable[[int, Tensor], None]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 from weakref import ReferenceType, ref
@@ -128,13 +128,13 @@ class Rounding:
         sign.unfold_(payload.layout.unflatten(flat))
         return flat
 
-    def segments(self, site: Site, spec: CodecSpec) -> list[Tensor]:
-        """Return the tensors of a site as this codec would encode them, 1-D."""
-        payloads = [payload for reference in self.payloads if (payload := reference()) and payload.site == site]
-        return [
-            _folded(payload, payload.raw(), payload.sign) if payload.sign and may_fold(spec) else payload.raw()
-            for payload in payloads
-        ]
+    def segments(self, site: Site, spec: CodecSpec) -> Iterator[Tensor]:
+        """Yield the tensors of a site as this codec would encode them, 1-D."""
+        for reference in self.payloads:
+            payload = reference()
+            if payload is not None and payload.site == site:
+                raw, sign = payload.raw(), payload.sign
+                yield raw if sign is None or not may_fold(spec) else _folded(payload, raw, sign)
 
     def coded(self, raw: Tensor, spec: CodecSpec, key: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return a segment encoded, and decoded to its own type or another, with this draw's noise."""

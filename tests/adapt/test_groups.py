@@ -67,7 +67,7 @@ def test_the_variance_of_the_gradient_follows() -> None:
     small = CodecSpec("rotated", 2, centre=True)
     large = replace(small, group_size=1024)
     for payload in signed[:3]:
-        segments = replay.segments(payload.site, small)
+        segments = list(replay.segments(payload.site, small))
         assert not torch.equal(segments[0], payload.raw())
         told = regrouped(segments, small, [large])[large].item()
         found = [sum(exact.error(replay, {payload.site: spec}).item() for _ in range(16)) for spec in (large, small)]

@@ -29,12 +29,15 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mlp", "resnet"])
+@pytest.mark.parametrize("name", ["mlp", "resnet", "gpt2"])
 def test_an_adaptation_stays_below_a_training_step(name: str) -> None:
-    """A ResNet's parts are quarters, for the sake of its batch statistics; an MLP's are eighths."""
+    """A ResNet's parts are quarters, for the sake of its batch statistics; the others' are eighths."""
     if name == "mlp":
         model: nn.Module = models.mlp()
         x, parts = torch.randn(1024, 128), 8
+    elif name == "gpt2":
+        model, parts = models.gpt2(), 8
+        x = torch.randint(0, 256, (32, 64))
     else:
         model, parts = models.ResNet((1, 1), width=16, classes=10), 4
         x = torch.randn(32, 3, 32, 32)
@@ -42,6 +45,8 @@ def test_an_adaptation_stays_below_a_training_step(name: str) -> None:
     engine = ActMemEngine(bits=2, adapt=True)
 
     def loss(part: slice) -> Tensor:
+        if name == "gpt2":
+            return model(input_ids=x[part], labels=x[part]).loss
         return F.cross_entropy(model(x[part]), y[part])
 
     def train() -> None:
