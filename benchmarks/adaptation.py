@@ -3,6 +3,7 @@
 Run ``python -m benchmarks.adaptation --models gpt2 bert``, on the CPU. Time is the process's own, so that other load on
 the machine does not count. "of 1,000 steps" is one adaptation, with the check of its plan at the batch after, in an
 epoch of so many steps. Bytes are the most that a step, and a part of a batch that is measured, store for backward.
+Each line of the table appends a row to ``adaptation.csv``.
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor, optim
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.convergence import append
 from benchmarks.models import MODELS, Workload, workload
+from benchmarks.results import environment
 from lightning_actmem import ActMem
 
 EPOCH_STEPS = 1000
@@ -98,35 +103,39 @@ def measure(name: str, batch: int, batches: int) -> Timed:
     return actmem
 
 
-def row(name: str, batch: int, found: Timed) -> str:
-    """Return a line of the table."""
+def row(name: str, batch: int, found: Timed) -> dict[str, str | int]:
+    """Return the figures of a model: medians, in steps."""
     step_s, adaptation_s = statistics.median(found.step_s), statistics.median(found.adaptation_s)
     check_s = statistics.median(found.check_s) if found.check_s else 0.0
     share = (adaptation_s + check_s) / (EPOCH_STEPS * step_s)
-    cells = [
-        name,
-        str(batch),
-        f"{1000 * step_s:.0f}",
-        f"{adaptation_s / step_s:.1f}",
-        f"{check_s / step_s:.1f}",
-        f"{100 * share:.2f} %",
-        f"{found.step_bytes:,}",
-        f"{found.probe_bytes:,}",
-    ]
-    return f"| {' | '.join(cells)} |"
+    return {
+        "model": name,
+        "batch": batch,
+        "step_ms": f"{1000 * step_s:.0f}",
+        "adaptation_steps": f"{adaptation_s / step_s:.1f}",
+        "check_steps": f"{check_s / step_s:.1f}",
+        "percent_of_1000_steps": f"{100 * share:.2f}",
+        "stored_bytes": found.step_bytes,
+        "probe_bytes": found.probe_bytes,
+    }
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table and append its rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["gpt2"], choices=[*MODELS])
     parser.add_argument("--batch", type=int, default=16, help="samples in a batch")
     parser.add_argument("--batches", type=int, default=14)
+    parser.add_argument("--csv", type=Path, default=Path(__file__).with_name("adaptation.csv"))
     arguments = parser.parse_args()
-    print("| model | batch | step ms | adaptation, steps | check, steps | of 1,000 steps | stored bytes | of a probe |")
+    print(
+        "| model | batch | step ms | adaptation, steps | check, steps | % of 1,000 steps | stored bytes | of a probe |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for name in arguments.models:
-        print(row(name, arguments.batch, measure(name, arguments.batch, arguments.batches)), flush=True)
+        found = row(name, arguments.batch, measure(name, arguments.batch, arguments.batches))
+        append(arguments.csv, {**environment(torch.device("cpu")), **found})
+        print(f"| {' | '.join(map(str, found.values()))} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ def test_a_row_of_the_table():
     assert len(found.adaptation_s) == 2
     assert 1 <= len(found.check_s) <= len(found.adaptation.history) - 2
     assert found.step_bytes > found.probe_bytes > 0
-    cells = row("mlp", 64, found).strip("| ").split(" | ")
-    assert len(cells) == 8
-    assert cells[:2] == ["mlp", "64"]
-    assert cells[-2:] == [f"{found.step_bytes:,}", f"{found.probe_bytes:,}"]
+    figures = row("mlp", 64, found)
+    assert (figures["model"], figures["batch"]) == ("mlp", 64)
+    assert (figures["stored_bytes"], figures["probe_bytes"]) == (found.step_bytes, found.probe_bytes)
+    steps = float(figures["adaptation_steps"]) + float(figures["check_steps"])
+    assert float(figures["percent_of_1000_steps"]) == pytest.approx(steps / 10, abs=0.02)
