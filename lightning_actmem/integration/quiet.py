@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,6 +17,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import is_namedtuple
 from torch import Tensor, nn
+
+from .shadow import shadow
 
 # What every module has of its own: parameters, submodules, hooks. A training step does not exchange these.
 _OWN_TABLES = frozenset(vars(nn.Module()))
@@ -52,8 +54,8 @@ def quiet(trainer: Trainer) -> Iterator[None]:
         trainer.loggers = [DummyLogger() for _ in trainer.loggers]
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         for target in (*trainer.optimizers, *schedulers):
-            _shadow(stack, target, step=_nothing)
-        _shadow(stack, trainer.strategy, optimizer_step=_nothing)
+            shadow(stack, target, step=_nothing)
+        shadow(stack, trainer.strategy, optimizer_step=_nothing)
         yield
 
 
@@ -88,7 +90,7 @@ def quiet_loss(trainer: Trainer, batch: Any, batch_idx: int) -> Tensor:
         raise _LossFound
 
     with _own_attributes(module), ExitStack() as stack:
-        _shadow(stack, module, log=_nothing, log_dict=_nothing, manual_backward=manual_backward)
+        shadow(stack, module, log=_nothing, log_dict=_nothing, manual_backward=manual_backward)
         with trainer.strategy.precision_plugin.train_step_context():
             try:
                 output = module.training_step(*arguments)
@@ -102,17 +104,6 @@ def quiet_loss(trainer: Trainer, batch: Any, batch_idx: int) -> Tensor:
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     return None
-
-
-def _shadow(stack: ExitStack, target: Any, **methods: Callable[..., Any]) -> None:
-    """Put methods of an instance in front of its class's, until the stack unwinds."""
-    own = vars(target)
-    for name, method in methods.items():
-        if name in own:
-            stack.callback(own.__setitem__, name, own[name])
-        else:
-            stack.callback(own.pop, name, None)
-        own[name] = method
 
 
 def _restore_random_states(device: torch.device, stack: ExitStack) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch.strategies import Strategy
@@ -38,8 +39,8 @@ class CompressedTrainingStep:
     def remove(self) -> None:
         """Put the strategy back as it was. What somebody has put on top in the meantime stays, and works as before."""
         own = vars(self._strategy)
-        for name, shadow in self._shadows.items():
-            if own.get(name) is shadow:
+        for name, method in self._shadows.items():
+            if own.get(name) is method:
                 del own[name]
         own.update({name: before for name, before in self._before.items() if name not in own})
         self._shadows = {}
@@ -59,3 +60,14 @@ class CompressedTrainingStep:
         teardown = self._methods["teardown"]
         self.remove()
         teardown()
+
+
+def shadow(stack: ExitStack, target: Any, **methods: Callable[..., Any]) -> None:
+    """Put methods of an instance in front of its class's, until the stack unwinds."""
+    own = vars(target)
+    for name, method in methods.items():
+        if name in own:
+            stack.callback(own.__setitem__, name, own[name])
+        else:
+            stack.callback(own.pop, name, None)
+        own[name] = method

@@ -32,6 +32,7 @@ from .kept import (
     quiet_trainer,
     silent_lightning,
 )
+from .shadow import shadow
 
 # The first trials run twice: tables and workspaces that are made once are no sample's.
 _WARM_TRIALS = 2
@@ -258,28 +259,21 @@ class BatchTrials:
             yield
             return
         strategy = self._trainer.strategy
-        own = vars(strategy)
-        before, training_step = own.get("training_step"), strategy.training_step
+        training_step = strategy.training_step
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             self._sizes.append(extract_batch_size(args[0]))
             return training_step(*args, **kwargs)
 
-        own["training_step"] = counted
-        try:
+        with ExitStack() as stack:
+            shadow(stack, strategy, training_step=counted)
             yield
-        finally:
-            del own["training_step"]
-            if before is not None:
-                own["training_step"] = before
 
     @contextmanager
     def _failing_in_step(self) -> Iterator[None]:
         """Let a process without memory go through the rest of its steps: the others wait for it after every batch."""
         strategy = self._trainer.strategy
-        own = vars(strategy)
         names = ("training_step", "backward", "optimizer_step")
-        before = {name: own[name] for name in names if name in own}
         methods = {name: getattr(strategy, name) for name in names}
 
         def guarded(name: str) -> Any:
@@ -294,13 +288,9 @@ class BatchTrials:
 
             return call
 
-        own.update({name: guarded(name) for name in names})
-        try:
+        with ExitStack() as stack:
+            shadow(stack, strategy, **{name: guarded(name) for name in names})
             yield
-        finally:
-            for name in names:
-                del own[name]
-            own.update(before)
 
     def _fail(self, error: BaseException) -> None:
         """Note that memory has run out, and free what the step held; any other error goes on."""
