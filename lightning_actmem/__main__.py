@@ -20,8 +20,7 @@ _EPILOG = """examples:
   python -m lightning_actmem plan --model mine.Net --model.width 512 --data mine.Data --budget 80GiB
   python -m lightning_actmem plan --config run.yaml --bits 4 2 --json plan.json
 
-Of a LightningCLI configuration the sections `model` and `data` are read. Checkpointing is measured where --checkpoint
-says which submodules to checkpoint, and left out otherwise."""
+Of a LightningCLI configuration the sections `model` and `data` are read."""
 
 _USER_ERRORS = (ActMemError, ValueError, OSError, YAMLError, OmegaConfBaseException, MisconfigurationException)
 
@@ -42,9 +41,17 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--model", help="class path of the LightningModule; --model.NAME VALUE sets an argument")
     one.add_argument("--data", help="class path of the LightningDataModule; --data.NAME VALUE sets an argument")
     one.add_argument("--bits", nargs="+", type=int, choices=BITS, default=[8, 4, 2], help="default: 8 4 2")
+    one.add_argument(
+        "--noise", type=float, default=0.05, help="of the row whose bits adapt; 0: no such row; default: 0.05"
+    )
     one.add_argument("--batch-size", type=int, help="the batch to predict for; default: the one that is set")
     one.add_argument("--budget", help="memory to fill, for example 80GiB")
-    one.add_argument("--checkpoint", nargs="+", default=[], metavar="PATTERN", help="submodules, for example blocks.*")
+    one.add_argument(
+        "--checkpoint",
+        nargs="*",
+        metavar="PATTERN",
+        help="what to checkpoint, for example blocks.*; nothing: no such row; default: the repeated blocks",
+    )
     one.add_argument("--trace", nargs=2, type=int, default=[32, 64], metavar="N", help="small batches; default: 32 64")
     one.add_argument("--batch-arg-name", default="batch_size", help="the batch size's attribute; default: batch_size")
     one.add_argument("--json", help="write the plan to this file")
@@ -62,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             model,
             data,
             bits=options.bits,
+            noise=options.noise or None,
             batch_size=options.batch_size,
             budget=options.budget,
             checkpointed=options.checkpoint,

@@ -28,7 +28,9 @@ NEGLIGIBLE = 0.05
 MIN_SHARE_BATCH_NORM = 4  # with fewer samples the batch's own statistics are too far from those of training
 
 
-def measure(trainer: Trainer, engine: ActMemEngine, batch: Any, batch_idx: int, max_passes: int) -> str:
+def measure(
+    trainer: Trainer, engine: ActMemEngine, batch: Any, batch_idx: int, max_passes: int, share: int | None = None
+) -> str:
     """Have the engine's adapter measure on parts of a batch, unseen by the rest of the run.
 
     Args:
@@ -37,6 +39,8 @@ def measure(trainer: Trainer, engine: ActMemEngine, batch: Any, batch_idx: int, 
         batch: The batch that is about to be trained on.
         batch_idx: Its number.
         max_passes: Backward passes on parts of the batch.
+        share: Each of the two parts holds this fraction (``1 / share``) of the batch; ``None``: so little that a probe
+            takes no more memory than training does.
 
     Returns:
         Why nothing was measured, else an empty text. Either all ranks have measured or none has.
@@ -46,10 +50,11 @@ def measure(trainer: Trainer, engine: ActMemEngine, batch: Any, batch_idx: int, 
     module = trainer.lightning_module
     reason = refusal(trainer) if adapter.sizes.uses else "nothing has been packed that could have other bits"
     parts: Sequence[Any] = ()
-    samples = share = 1
-    if not reason:
-        has_batch_norm = any(isinstance(layer, _BatchNorm) for layer in module.modules())
+    samples = 1
+    has_batch_norm = any(isinstance(layer, _BatchNorm) for layer in module.modules())
+    if share is None:
         share = max(_share(engine, adapter), MIN_SHARE_BATCH_NORM if has_batch_norm else MIN_SHARE)
+    if not reason:
         # Batch norm refuses a single sample.
         parts, samples, reason, total = cut(batch, count=SUB_BATCHES, share=share, least=2 if has_batch_norm else 1)
         reason = reason or _too_small(engine, adapter, samples, total)

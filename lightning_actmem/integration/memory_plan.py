@@ -21,7 +21,7 @@ class MethodPlan:
     """One way to train.
 
     Args:
-        name: ``"plain"``, ``"4 bits"``, ``"checkpoint"``.
+        name: ``"plain"``, ``"4 bits"``, ``"noise=0.05"``, ``"checkpoint"``.
         fixed_bytes: Peak memory of no sample: weights, gradients, optimizer state, workspace.
         bytes_per_sample: Peak memory that each sample adds.
         stored_bytes: Largest number of activation bytes stored at one time, where the engine counts them.
@@ -66,6 +66,7 @@ class MemoryPlan:
         trace: The batch sizes it was made from.
         methods: The ways to train, plain first.
         layers: Stored bytes by layer, in the order of the forward pass.
+        notes: What one has to know of some of them: what was checkpointed, which noise was measured.
     """
 
     batch_size: int
@@ -73,6 +74,7 @@ class MemoryPlan:
     trace: tuple[int, int]
     methods: tuple[MethodPlan, ...]
     layers: tuple[LayerPlan, ...]
+    notes: tuple[str, ...] = ()
 
     def method(self, name: str) -> MethodPlan:
         """Return the row of that name."""
@@ -129,7 +131,8 @@ class MemoryPlan:
             ]
             for method in self.methods
         ]
-        return "\n".join([title, "", *_table(header, rows, 1), "", *self._layer_table()])
+        notes = [f"{note}." for note in self.notes]
+        return "\n".join([title, "", *_table(header, rows, 1), *notes, "", *self._layer_table()])
 
     def _layer_table(self) -> Iterator[str]:
         names = list(dict.fromkeys(name for layer in self.layers for name in layer.saved_bytes))

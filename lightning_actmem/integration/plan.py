@@ -2,73 +2,24 @@
 
 from __future__ import annotations
 
-import fnmatch
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
-from torch.utils.checkpoint import checkpoint
+from lightning.pytorch import LightningDataModule, LightningModule
 
 from ..config import ConfigLike, given_settings
-from ..engine import ActMemEngine
-from ..errors import ActMemError
-from ..predict import Line, Trial
-from ..report import StepReport
 from ..saved.ledger import BORROWED
 from ..units import parse_bytes
 from .callback import ActMem
-from .kept import silent_lightning
 from .memory_plan import LayerPlan, MemoryPlan, MethodPlan
-from .trials import BatchTrials
+from .repeated import checkpointing, matching, repeated_blocks
+from .tracing import Traced, Tracer
 
 PLAIN = "plain"
 CHECKPOINT = "checkpoint"
-
-
-@dataclass(frozen=True)
-class _Traced:
-    """Two batch sizes of one method: what they took, and stored by layer and kind."""
-
-    trials: tuple[Trial, Trial]
-    reports: tuple[StepReport, ...]
-
-
-class _Probe(Callback):
-    """Runs the steps with small batches where training would begin."""
-
-    def __init__(self, trace: Sequence[int], batch_arg_name: str, engine: ActMemEngine | None) -> None:
-        self._trace = trace
-        self._name = batch_arg_name
-        self._engine = engine
-        self.traced: _Traced | None = None
-        self.batch_size = 0
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure."""
-        reports = []
-        found = []
-        with BatchTrials(trainer, self._name, self._engine) as trials:
-            limit = trials.limit()
-            if limit is not None and max(self._trace) > limit:
-                raise ActMemError(
-                    f"trace must be within the {limit} samples of the data, got {list(self._trace)}. Give smaller ones."
-                )
-            for batch_size in self._trace:
-                found.append(trials.run(batch_size))
-                if found[-1].out_of_memory:
-                    raise ActMemError(
-                        f"memory ran out with the small batches {list(self._trace)}. Give smaller ones as trace."
-                        f"{trials.explain()}"
-                    ) from trials.error
-                if self._engine is not None:
-                    reports.append(self._engine.report())
-        self.batch_size = trials.batch_size
-        trainer.limit_train_batches = 0  # nothing is trained: no loader is built that would draw once more
-        self.traced = _Traced((found[0], found[1]), tuple(reports))
+_MAX_NAMES = 8
+#: Settings by which bits adapt: the rows of `plan` say themselves what holds.
+_ADAPTING = frozenset(("adapt", "noise", "budget"))
 
 
 def plan(
@@ -76,29 +27,33 @@ def plan(
     datamodule: LightningDataModule | None = None,
     *,
     bits: Sequence[int] = (8, 4, 2),
+    noise: float | None = 0.05,
     batch_size: int | None = None,
     budget: int | str | None = None,
     config: ConfigLike = None,
-    checkpointed: Sequence[str] = (),
+    checkpointed: Sequence[str] | None = None,
     trace: Sequence[int] = (32, 64),
     batch_arg_name: str = "batch_size",
     accelerator: str = "cpu",
 ) -> MemoryPlan:
-    """Predict what training stores and takes at its peak, for plain training and with compressed activations.
+    """Predict what training stores and takes at its peak: plain, packed, with bits by noise, and checkpointed.
 
     Runs two real training steps with each of two small batches and continues the straight line through them. Stored
     bytes are exact where tensors fill whole groups in the small batches too; the peak is the more accurate the larger
-    the small batches are, because the temporaries of packing stop growing from some size of tensor on.
+    the small batches are, because the temporaries of packing stop growing from some size of tensor on. For ``noise``
+    the bits are chosen as a run would choose them, but by measuring on the small batches, with the weights of now.
 
     Args:
         model: The module; its state is as before afterwards (`BatchTrials` says what of it).
         datamodule: The data, unless the model brings its own.
         bits: Widths to compare with plain training.
+        noise: Noise (as in `ActMemConfig`) for a row with bits that adapt; ``None``: no such row.
         batch_size: The batch to predict for; ``None``: the one that is set.
         budget: Memory to fill: bytes or a text such as ``"80GiB"`` or ``"1000000"``; ``None``: no largest batch
             is predicted.
-        config: Other settings of `ActMemConfig`.
-        checkpointed: Patterns of submodules (``"blocks.*"``) for a row with ``torch.utils.checkpoint`` around each.
+        config: Other settings of `ActMemConfig`; its ``adapt``, ``noise`` and ``budget`` are left out.
+        checkpointed: Patterns of submodules (``"blocks.*"``) for the row with ``torch.utils.checkpoint`` around each;
+            ``None``: the model's repeated blocks, as `repeated_blocks` finds them; empty: no such row.
         trace: The two small batch sizes.
         batch_arg_name: Name of the batch size's attribute on model, its ``hparams`` or the datamodule.
         accelerator: Where to run the small batches.
@@ -107,8 +62,8 @@ def plan(
         The plan.
 
     Raises:
-        ValueError: If ``budget`` is no amount, ``trace`` is not two growing sizes, ``batch_size`` is not positive, or
-            nothing matches ``checkpointed``.
+        ValueError: If ``budget`` is no amount, ``trace`` is not two growing sizes, ``batch_size`` is not positive,
+            ``noise`` is not above 0, or nothing matches ``checkpointed``.
         ActMemError: If the batch size cannot be set, or even the small batches do not fit.
     """
     if len(trace) != 2 or not 0 < trace[0] < trace[1]:
@@ -116,61 +71,36 @@ def plan(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}.")
     # Where tensors are makes no difference to what is stored, and the small batches may well run on the CPU.
-    settings = {**given_settings(config), "summary": False, "offload": False}
+    given = {name: value for name, value in given_settings(config).items() if name not in _ADAPTING}
+    settings = {**given, "summary": False, "offload": False}
     budget_bytes = None if budget is None else parse_bytes(budget)
-    probe = partial(_probe, model, datamodule, trace, batch_arg_name, accelerator)
-    methods: list[MethodPlan] = []
-    layers: dict[tuple[str, str], LayerPlan] = {}
-    target = batch_size or 0
-    cases: list[tuple[str, ActMem | None]] = [(PLAIN, None)]
-    cases += [(f"{width} bits", ActMem({**settings, "bits": width})) for width in bits]
-    for name, actmem in cases:
-        found = probe(actmem)
-        assert found.traced is not None
-        target = target or found.batch_size
-        methods.append(_method(name, found.traced, target, budget_bytes))
-        _add_layers(layers, name, found.traced, target)
-    if checkpointed:
-        with _checkpointing(model, checkpointed):
-            found = probe(None)
-        assert found.traced is not None
-        methods.append(_method(CHECKPOINT, found.traced, target, budget_bytes))
-    return MemoryPlan(target, budget_bytes, (trace[0], trace[1]), tuple(methods), tuple(layers.values()))
+    cases = {f"{width} bits": ActMem({**settings, "bits": width}) for width in bits}
+    if noise is not None:
+        cases[f"noise={noise:g}"] = ActMem({**settings, "noise": noise})
+    blocks = repeated_blocks(model) if checkpointed is None else matching(model, checkpointed) if checkpointed else None
+    tracer = Tracer(model, datamodule, trace, batch_arg_name, accelerator)
+    traced = {PLAIN: tracer.trace(), **{name: tracer.trace(actmem) for name, actmem in cases.items()}}
+    notes = [_noise_note(name, found) for name, found in traced.items() if found.reason or found.noise is not None]
+    if blocks:
+        with checkpointing(blocks):
+            traced[CHECKPOINT] = tracer.trace()
+    if blocks is not None:
+        notes.append(_checkpoint_note(blocks))
+    target = batch_size or traced[PLAIN].batch_size
+    known = {name: found for name, found in traced.items() if not found.reason}
+    methods = [_method(name, found, target, budget_bytes) for name, found in known.items()]
+    return MemoryPlan(
+        target, budget_bytes, (trace[0], trace[1]), tuple(methods), tuple(_layers(known, target)), tuple(notes)
+    )
 
 
-def _probe(
-    model: LightningModule,
-    datamodule: LightningDataModule | None,
-    trace: Sequence[int],
-    batch_arg_name: str,
-    accelerator: str,
-    actmem: ActMem | None,
-) -> _Probe:
-    probe = _Probe(trace, batch_arg_name, None if actmem is None else actmem.engine)
-    with isolate_rng(), silent_lightning(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*(GPU|MPS) available but not used.*")
-        trainer = Trainer(
-            accelerator=accelerator,
-            devices=1,
-            callbacks=[probe] if actmem is None else [actmem, probe],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-            max_steps=0,
-        )
-        trainer.fit(model, datamodule=datamodule)
-    return probe
-
-
-def _method(name: str, traced: _Traced, batch_size: int, budget_bytes: int | None) -> MethodPlan:
-    line = Line.through(*traced.trials)
+def _method(name: str, traced: Traced, batch_size: int, budget_bytes: int | None) -> MethodPlan:
+    line = traced.line
     stored = raw = None
     if traced.reports:
         first, second = traced.reports
-        stored = _at(batch_size, traced, first.saved_bytes, second.saved_bytes)
-        raw = _at(batch_size, traced, first.raw_bytes, second.raw_bytes)
+        stored = traced.at(batch_size, first.saved_bytes, second.saved_bytes)
+        raw = traced.at(batch_size, first.raw_bytes, second.raw_bytes)
     return MethodPlan(
         name,
         round(line.fixed_bytes),
@@ -182,40 +112,38 @@ def _method(name: str, traced: _Traced, batch_size: int, budget_bytes: int | Non
     )
 
 
-def _add_layers(layers: dict[tuple[str, str], LayerPlan], name: str, traced: _Traced, batch_size: int) -> None:
-    if not traced.reports:
-        return
-    sums: dict[tuple[str, str], list[list[int]]] = {}
-    for index, report in enumerate(traced.reports):
-        for row in report.rows:
-            if row.kind not in BORROWED:
-                counts = sums.setdefault((row.layer, row.kind), [[0, 0], [0, 0]])[index]
-                counts[0] += row.raw_bytes
-                counts[1] += row.saved_bytes
-    for key, ((raw_first, saved_first), (raw_second, saved_second)) in sums.items():
-        layer = layers.setdefault(key, LayerPlan(*key, _at(batch_size, traced, raw_first, raw_second), {}))
-        layer.saved_bytes[name] = _at(batch_size, traced, saved_first, saved_second)
+def _layers(traced: Mapping[str, Traced], batch_size: int) -> list[LayerPlan]:
+    layers: dict[tuple[str, str], LayerPlan] = {}
+    for name, found in traced.items():
+        sums: dict[tuple[str, str], list[list[int]]] = {}
+        for index, report in enumerate(found.reports):
+            for row in report.rows:
+                if row.kind not in BORROWED:
+                    counts = sums.setdefault((row.layer, row.kind), [[0, 0], [0, 0]])[index]
+                    counts[0] += row.raw_bytes
+                    counts[1] += row.saved_bytes
+        for key, ((raw_first, saved_first), (raw_second, saved_second)) in sums.items():
+            layer = layers.setdefault(key, LayerPlan(*key, found.at(batch_size, raw_first, raw_second), {}))
+            layer.saved_bytes[name] = found.at(batch_size, saved_first, saved_second)
+    return list(layers.values())
 
 
-def _at(batch_size: int, traced: _Traced, first: int, second: int) -> int:
-    """Continue the line through two figures, in whole numbers: exact for what is exactly linear."""
-    small, large = (trial.batch_size for trial in traced.trials)
-    return first + (second - first) * (batch_size - small) // (large - small)
+def _noise_note(name: str, traced: Traced) -> str:
+    if traced.reason:
+        return f"{name}: not predicted, because no bits could be chosen: {traced.reason}"
+    bits = traced.reports[1].bits_per_element
+    return (
+        f"{name}: {bits:.2f} bits per element of an activation, noise {traced.noise:.3g} as measured, with the weights "
+        "of now; the bits of a run follow its own measurements"
+    )
 
 
-@contextmanager
-def _checkpointing(model: LightningModule, patterns: Sequence[str]) -> Iterator[None]:
-    """Run the submodules that match inside ``torch.utils.checkpoint``."""
-    matched = {
-        name: module for name, module in model.named_modules() if any(fnmatch.fnmatch(name, p) for p in patterns)
-    }
-    if not matched:
-        raise ValueError(f"checkpointed must match submodules of the model, got {list(patterns)}: none matches.")
-    shadowed = [module for module in matched.values() if "forward" not in vars(module)]
-    for module in shadowed:
-        vars(module)["forward"] = partial(checkpoint, module.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for module in shadowed:
-            del vars(module)["forward"]
+def _checkpoint_note(blocks: Mapping[str, Any]) -> str:
+    if not blocks:
+        return (
+            f"{CHECKPOINT}: none found; no class of blocks is repeated in a ModuleList or Sequential. Name what to "
+            "checkpoint by patterns"
+        )
+    names, more = list(blocks)[:_MAX_NAMES], len(blocks) - _MAX_NAMES
+    classes = ", ".join(dict.fromkeys(type(block).__name__ for block in blocks.values()))
+    return f"{CHECKPOINT}: around each of {len(blocks)} x {classes} ({', '.join(names)}{', ...' if more > 0 else ''})"

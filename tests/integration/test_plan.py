@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import types
 from typing import Any
@@ -19,6 +20,7 @@ from tests.models import MlpBlock
 
 BATCH = 512
 PEAK_ERROR = 0.05
+NOISE_ERROR = 0.15  # bits come in steps of one per site, and a run measures on other batches and weights
 WIDTH = 64
 
 
@@ -61,7 +63,7 @@ class NoData(LightningModule):
 @pytest.mark.slow
 @pytest.mark.parametrize("build", [Mlp, Relu])
 def test_predicted_stored_bytes_are_those_of_the_ledger(build):
-    made = plan(build(), bits=(8, 4, 2), trace=(64, 128))
+    made = plan(build(), bits=(8, 4, 2), noise=None, trace=(64, 128))
     assert made.batch_size == BATCH
     for bits in (8, 4, 2):
         actmem = ActMem(bits=bits, summary=False)
@@ -80,13 +82,58 @@ def test_predicted_peaks_are_those_of_a_plan_made_from_the_batch_itself(build):
     """From batches a quarter and half as large."""
     made = plan(build(), bits=(4,), trace=(BATCH // 4, BATCH // 2))
     measured = plan(build(), bits=(4,), trace=(BATCH // 2, BATCH))
-    for name in ("plain", "4 bits"):
+    assert len(made.methods) == (4 if build is Mlp else 3)
+    for name in [method.name for method in made.methods]:
         assert made.method(name).peak_bytes == pytest.approx(measured.method(name).peak_bytes, rel=PEAK_ERROR)
     assert made.method("4 bits").peak_bytes < made.method("plain").peak_bytes
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [Mlp, Relu])
+def test_the_bits_for_a_noise_store_what_those_of_a_run_do(build):
+    """Chosen on batches an eighth and a quarter as large."""
+    made = plan(build(), bits=(8,), noise=0.05, checkpointed=(), trace=(BATCH // 8, BATCH // 4))
+    actmem = ActMem(noise=0.05, adapt_every=10, summary=False)
+    model = build()
+    model.samples = 8 * BATCH
+    fit(model, callbacks=[actmem], max_steps=40)
+    predicted = made.method("noise=0.05").stored_bytes
+    assert predicted == pytest.approx(actmem.engine.report().saved_bytes, rel=NOISE_ERROR)
+    assert predicted < 0.6 * made.method("8 bits").stored_bytes
+
+
+class Uncuttable(Mlp):
+    """Takes no parts of the batches that it is planned with."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if len(batch[0]) < 32:
+            raise ValueError("no half batches here")
+        return self.loss(batch)
+
+
+def test_a_noise_that_cannot_be_measured_is_said():
+    made = plan(Uncuttable(depth=1), bits=(4,), checkpointed=(), trace=(32, 48))
+    assert [method.name for method in made.methods] == ["plain", "4 bits"]
+    (note,) = made.notes
+    assert note.startswith("noise=0.05: not predicted, because no bits could be chosen: ValueError: no half batches")
+    assert note in made.render()
+
+
+def test_repeated_blocks_are_checkpointed_without_being_named():
+    made = plan(Mlp(), bits=(), noise=None)
+    assert made.method("checkpoint").bytes_per_sample < made.method("plain").bytes_per_sample
+    assert made.notes == ("checkpoint: around each of 3 x MlpBlock (net.1, net.2, net.3)",)
+    assert plan(Mlp(), bits=(), noise=None, checkpointed=["net.[123]"]).method("checkpoint") == made.methods[-1]
+
+
+def test_without_repeated_blocks_there_is_nothing_to_checkpoint():
+    made = plan(Relu(), bits=(), noise=None)
+    assert [method.name for method in made.methods] == ["plain"]
+    assert made.notes[0].startswith("checkpoint: none found")
+
+
 def test_the_model_is_as_before():
-    model, before = Mlp(), Mlp()
+    model, before = Mlp(depth=2), Mlp(depth=2)
     model.load_state_dict(before.state_dict())
     state = torch.get_rng_state()
     plan(model, bits=(4,))
@@ -99,8 +146,9 @@ def test_the_model_is_as_before():
 
 def test_budget_checkpointing_text_and_json(tmp_path):
     made = plan(Mlp(), bits=(4,), budget="64MiB", checkpointed=["net.[123]"])
-    assert [method.name for method in made.methods] == ["plain", "4 bits", "checkpoint"]
-    plain, packed, checkpointed = made.methods
+    assert [method.name for method in made.methods] == ["plain", "4 bits", "noise=0.05", "checkpoint"]
+    plain, packed, noisy, checkpointed = made.methods
+    assert 0 < noisy.stored_bytes < plain.peak_bytes
     assert plain.largest_batch < packed.largest_batch
     assert checkpointed.bytes_per_sample < plain.bytes_per_sample
     assert checkpointed.stored_bytes is None
@@ -108,13 +156,14 @@ def test_budget_checkpointing_text_and_json(tmp_path):
     assert f"batch size {BATCH}" in text
     assert "largest batch in 64.0 MiB" in text
     assert "net.1.norm" in text
+    assert re.search(r"^noise=0\.05: \d\.\d\d bits per element .* noise 0\.0\d+ as measured", text, re.MULTILINE)
     made.save_json(tmp_path / "plan.json")
-    assert json.loads((tmp_path / "plan.json").read_text())["methods"][1]["name"] == "4 bits"
+    assert json.loads((tmp_path / "plan.json").read_text())["methods"][2]["name"] == "noise=0.05"
 
 
 def test_a_figure_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    made = plan(Mlp(depth=1), bits=(4,))
+    made = plan(Mlp(depth=1), bits=(4,), noise=None)
     with pytest.raises(ActMemError, match="pip install matplotlib"):
         made.save_figure(tmp_path / "plan.png")
 
@@ -130,8 +179,8 @@ def test_a_figure_has_a_line_for_each_method(tmp_path, monkeypatch):
     )
     figure = types.SimpleNamespace(subplots=lambda: axes, savefig=drawn.append)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", types.SimpleNamespace(Figure=lambda **k: figure))
-    plan(Mlp(depth=1), bits=(4,), budget="1GiB").save_figure("plan.png")
-    assert drawn == ["plain", "4 bits", "budget", "plan.png"]
+    plan(Mlp(depth=2), bits=(4,), noise=None, budget="1GiB").save_figure("plan.png")
+    assert drawn == ["plain", "4 bits", "checkpoint", "budget", "plan.png"]
 
 
 @pytest.mark.parametrize(
@@ -140,6 +189,7 @@ def test_a_figure_has_a_line_for_each_method(tmp_path, monkeypatch):
         ({"trace": (64, 32)}, ValueError, "two batch sizes, the smaller one first, got \\[64, 32\\]"),
         ({"trace": (32,)}, ValueError, "exactly two batch sizes, .* got \\[32\\]"),
         ({"trace": (8, 16, 32)}, ValueError, "exactly two batch sizes, .* got \\[8, 16, 32\\]"),
+        ({"noise": 0.0}, ValueError, "noise must be above 0, got 0.0"),
         ({"batch_size": 0}, ValueError, "batch_size must be 1 or more, got 0"),
         ({"trace": (32, 4096)}, ActMemError, "within the 2048 samples of the data"),
         ({"checkpointed": ["nothing"]}, ValueError, "must match submodules of the model, got \\['nothing'\\]"),
@@ -149,7 +199,7 @@ def test_a_figure_has_a_line_for_each_method(tmp_path, monkeypatch):
 )
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
-        plan(Mlp(depth=1), bits=(), **arguments)
+        plan(Mlp(depth=1), bits=(), **{"noise": None, **arguments})
 
 
 def test_the_error_by_which_memory_ran_out_is_named():
@@ -158,7 +208,7 @@ def test_the_error_by_which_memory_ran_out_is_named():
             raise RuntimeError("my table is out of memory cells")
 
     with pytest.raises(ActMemError, match=r"ran out with the small batches .* RuntimeError: my table is") as caught:
-        plan(Broken(depth=1), bits=())
+        plan(Broken(depth=1), bits=(), noise=None)
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
@@ -170,8 +220,11 @@ class TestCommandLine:
 
     def test_class_path_with_arguments(self, capsys, tmp_path):
         path = tmp_path / "plan.json"
-        main(["plan", "--model", self.MODEL, "--model.depth", "1", "--bits", "4", "--json", str(path)])
-        assert "4 bits" in capsys.readouterr().out
+        model = ["--model", self.MODEL, "--model.depth", "1"]
+        main(["plan", *model, "--bits", "4", "--noise", "0.1", "--json", str(path)])
+        out = capsys.readouterr().out
+        assert "4 bits" in out
+        assert "noise=0.1" in out
         assert json.loads(path.read_text())["batch_size"] == BATCH
 
     def test_a_lightning_cli_configuration(self, capsys, tmp_path):
@@ -179,8 +232,10 @@ class TestCommandLine:
         path.write_text(
             f"trainer: {{devices: 8}}\nmodel: {{class_path: {self.MODEL}, init_args: {{batch_size: 96}}}}\n"
         )
-        main(["plan", "--config", str(path), "--bits", "2", "--budget", "1073741824"])
+        main(["plan", "--config", str(path), "--bits", "2", "--noise", "0", "--budget", "1073741824"])
         out = capsys.readouterr().out
+        assert "noise" not in out
+        assert "3 x MlpBlock" in out
         assert "batch size 96" in out
         assert "2 bits" in out
         assert "largest batch in 1.0 GiB" in out
