@@ -15,6 +15,9 @@ from .memory import keep_heap
 # costs more than the memory of its result.
 CHUNK_ELEMENTS_CPU = 1 << 19
 CHUNK_ELEMENTS_DEVICE = 1 << 24
+# A partly filled last group is padded in a copy of its chunk. From here on (256 KiB of float32) the group is a chunk of
+# its own: a few more calls instead of a copy of up to the whole tensor.
+COPIED_ELEMENTS = 1 << 16
 
 
 def group_count(numel: int, group_size: int) -> int:
@@ -23,13 +26,17 @@ def group_count(numel: int, group_size: int) -> int:
 
 
 def group_chunks(numel: int, group_size: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    """Ranges [first, last) of groups that together cover `numel` elements."""
+    """Ranges [first, last) of groups that cover `numel` elements; a part-filled one has its whole range copied."""
     if device.type == "cpu":
         keep_heap()
     groups = group_count(numel, group_size)
     per_chunk = (CHUNK_ELEMENTS_CPU if device.type == "cpu" else CHUNK_ELEMENTS_DEVICE) // group_size
     for first in range(0, groups, per_chunk):
-        yield first, min(first + per_chunk, groups)
+        last = min(first + per_chunk, groups)
+        if last * group_size > numel > first * group_size + COPIED_ELEMENTS:
+            yield first, last - 1
+            first = last - 1
+        yield first, last
 
 
 def load_groups(flat: Tensor, first: int, last: int, group_size: int, *, repeat_last: bool = True) -> Tensor:
