@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .ops import call
 from .spec import FP8, CodecSpec
 
 Payload = tuple[Tensor, ...]
@@ -66,26 +67,25 @@ def encode(flat: Tensor, spec: CodecSpec, *, key: int, backend: str | None = Non
             f"flat must be 1-D and contiguous, got size {tuple(flat.shape)} with stride {flat.stride()}. "
             "Pass Layout.of(t).flatten(t)."
         )
-    flat = flat.detach()
+    flat = flat.detach() if flat.requires_grad else flat
     if spec.codec == "identity":
         return (flat.clone(),)
     if spec.codec == "integer":
-        return (ops.integer_encode(flat, spec.bits),)
+        return (call(ops.integer_encode, flat, spec.bits),)
     engine = resolve_backend(backend, flat.device)
     if spec.codec == "mask":
-        return (ops.mask_encode(flat, engine),)
+        return (call(ops.mask_encode, flat, engine),)
     if spec.codec == "two_valued":
         value = flat.amax().view(1) if flat.numel() else flat.new_zeros(1)
-        return ops.mask_encode(flat != 0, engine), value
+        return call(ops.mask_encode, flat != 0, engine), value
     if spec.codec == "rotated":
-        return ops.rotated_encode(flat, spec.bits, spec.group_size, spec.centre, key, engine)
+        return call(ops.rotated_encode, flat, spec.bits, spec.group_size, spec.centre, key, engine)
     if spec.codec == "fixed":
-        return (ops.fixed_encode(flat, spec.bits, spec.group_size, spec.low, spec.high, spec.rounding, key, engine),)
+        bounds = spec.low, spec.high
+        return (call(ops.fixed_encode, flat, spec.bits, spec.group_size, *bounds, spec.rounding, key, engine),)
     if spec.codec in FP8:
-        return ops.fp8_encode(flat, spec.codec, spec.group_size, spec.rounding, key, engine)
-    quantise = _GRID_ENCODE[spec.codec]
-    codes, grid = quantise(flat, spec.bits, spec.group_size, spec.rounding, key, engine)
-    return codes, grid
+        return call(ops.fp8_encode, flat, spec.codec, spec.group_size, spec.rounding, key, engine)
+    return call(_GRID_ENCODE[spec.codec], flat, spec.bits, spec.group_size, spec.rounding, key, engine)
 
 
 def decode(
@@ -114,19 +114,19 @@ def decode(
     if spec.codec == "identity":
         return stored.clone()
     if spec.codec == "integer":
-        return ops.integer_decode(stored, spec.bits, dtype, numel)
+        return call(ops.integer_decode, stored, spec.bits, dtype, numel)
     engine = resolve_backend(backend, stored.device)
     if spec.codec == "mask":
-        return ops.mask_decode(stored, numel, engine)
+        return call(ops.mask_decode, stored, numel, engine)
     if spec.codec == "two_valued":
-        return torch.where(ops.mask_decode(stored, numel, engine), payload[1], 0)
+        return torch.where(call(ops.mask_decode, stored, numel, engine), payload[1], 0)
     if spec.codec == "rotated":
-        return ops.rotated_decode(stored, payload[1], spec.bits, key, numel, dtype, engine)
+        return call(ops.rotated_decode, stored, payload[1], spec.bits, key, numel, dtype, engine)
     if spec.codec == "fixed":
-        return ops.fixed_decode(stored, spec.bits, spec.low, spec.high, spec.rounding, key, numel, dtype, engine)
+        return call(ops.fixed_decode, stored, spec.bits, spec.low, spec.high, spec.rounding, key, numel, dtype, engine)
     if spec.codec in FP8:
-        return ops.fp8_decode(stored, payload[1], spec.codec, numel, dtype, engine)
-    return _GRID_DECODE[spec.codec](stored, payload[1], spec.bits, spec.rounding, key, numel, dtype, engine)
+        return call(ops.fp8_decode, stored, payload[1], spec.codec, numel, dtype, engine)
+    return call(_GRID_DECODE[spec.codec], stored, payload[1], spec.bits, spec.rounding, key, numel, dtype, engine)
 
 
 def resolve_backend(backend: str | None, device: torch.device) -> str:

@@ -45,7 +45,7 @@ def reusable(monkeypatch):
 
 
 def _launch(kernel, flat, other, *integers, constants=(4, 256), programs=3):
-    launch(kernel, programs, lambda t: t, (flat, other, *integers), constants)
+    launch(kernel, programs, (lambda t: t, lambda t: t), (flat, other, *integers), constants)
 
 
 def test_the_second_launch_is_direct():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_actmem_kernels import ops
+from lightning_actmem_kernels import CodecSpec, encode, ops
 
 GRID = ("uniform", "relu", "bfp")
 
@@ -57,3 +59,47 @@ def test_every_operator_is_reachable_by_name():
     names = {f"{codec}_{way}" for codec in codecs for way in ("encode", "decode")}
     assert {name for name in dir(ops) if name in names} == names
     assert all(getattr(torch.ops.lightning_actmem, name).default is getattr(ops, name) for name in names)
+
+
+class Listener(TorchDispatchMode):
+    """Writes down which operators run."""
+
+    def __init__(self):
+        super().__init__()
+        self.heard = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.heard.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("op", "args"), [pytest.param(op, args, id=f"{op}-{args[0].numel()}") for op, args in _cases()]
+)
+def test_a_direct_call_returns_the_same_and_a_mode_hears_the_operator(op, args):
+    direct, dispatched, listener = ops.call(op, *args), op(*args), Listener()
+    with listener:
+        heard = ops.call(op, *args)
+    assert listener.heard[0] is op
+    for tensors in zip(*map(torch.utils._pytree.tree_leaves, (direct, dispatched, heard)), strict=True):
+        assert all(torch.equal(t, tensors[0]) for t in tensors)
+
+
+def test_fake_tensors_and_the_compiler_get_the_operator():
+    spec = CodecSpec("uniform", 4)
+    with FakeTensorMode():
+        codes, grids = encode(torch.empty(1000), spec, key=1)
+        assert (type(codes), codes.shape, grids.shape) == (FakeTensor, (4, 4, 32), (4,))
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(backend=backend, fullgraph=True)
+    def packed(x):
+        return encode(x, spec, key=1)
+
+    x = torch.randn(1000)
+    assert all(map(torch.equal, packed(x), encode(x, spec, key=1)))
+    assert any(node.target is ops.uniform_encode for graph in graphs for node in graph.graph.nodes)

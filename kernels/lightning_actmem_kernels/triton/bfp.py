@@ -26,7 +26,7 @@ from .lanes import (
     store_lanes,
     upper_half,
 )
-from .launch import code_words, launch_tiles
+from .launch import launch_tiles
 from .noise import group_noise, noise_word
 from .values import groups_of_tile, load_quads, store_float
 
@@ -39,7 +39,7 @@ def encode(flat: Tensor, bits: int, group_size: int, rounding: str, key: int) ->
     exponents = codes.new_empty(len(codes))
     top = largest_mantissa(bits)
     constants = (bits, group_size, rounding == "nearest", top, *carry_and_shift(top))
-    arguments = (flat, code_words(codes), exponents, flat.numel(), key)
+    arguments = (flat, codes, exponents, flat.numel(), key)
     launch_tiles(_encode, arguments, constants, flat.numel(), group_size, reads_pairs=True)
     return codes, exponents
 
@@ -51,7 +51,7 @@ def decode(
     group_size = 8 * codes.shape[2]
     flat = torch.empty(numel, dtype=dtype, device=codes.device)
     constants = (bits, group_size, rounding == "dither", largest_mantissa(bits))
-    launch_tiles(_decode, (flat, code_words(codes), exponents, numel, key), constants, numel, group_size)
+    launch_tiles(_decode, (flat, codes, exponents, numel, key), constants, numel, group_size)
     return flat
 
 

@@ -24,7 +24,7 @@ from .lanes import (
     store_lanes,
     upper_half,
 )
-from .launch import code_words, launch_tiles
+from .launch import launch_tiles
 from .noise import group_noise, noise_word
 from .values import groups_of_tile, load_quads, store_float
 
@@ -33,7 +33,7 @@ def encode(flat: Tensor, bits: int, group_size: int, low: float, high: float, ro
     """As `reference.fixed.encode`."""
     codes = empty_codes(flat, bits, group_size)
     grid = Grid.of(low, high, bits, rounding)
-    arguments = (flat, code_words(codes), flat.numel(), key, grid.low, grid.high, grid.scale)
+    arguments = (flat, codes, flat.numel(), key, grid.low, grid.high, grid.scale)
     constants = (bits, group_size, rounding == "nearest")
     launch_tiles(_encode, arguments, constants, flat.numel(), group_size, reads_pairs=True)
     return codes
@@ -46,7 +46,7 @@ def decode(
     group_size = 8 * codes.shape[2]
     flat = torch.empty(numel, dtype=dtype, device=codes.device)
     grid = Grid.of(low, high, bits, rounding)
-    arguments = (flat, code_words(codes), numel, key, grid.factor, grid.offset)
+    arguments = (flat, codes, numel, key, grid.factor, grid.offset)
     launch_tiles(_decode, arguments, (bits, group_size, rounding == "dither"), numel, group_size)
     return flat
 

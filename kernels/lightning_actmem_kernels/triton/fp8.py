@@ -17,7 +17,7 @@ from ..reference.exponent import MAGNITUDE, NO_SCALE, carry_and_shift
 from ..reference.fp8 import FORMATS
 from ..reference.grouped import empty_codes
 from .exponent import exponent_byte, inverse, largest_magnitude, scale
-from .launch import code_words, launch_tiles
+from .launch import launch_tiles
 from .noise import group_noise, noise_word
 from .values import groups_of_tile, load_quads, store_float
 
@@ -31,7 +31,7 @@ def encode(flat: Tensor, name: str, group_size: int, rounding: str, key: int) ->
     codes = empty_codes(flat, 8, group_size)
     exponents = codes.new_empty(len(codes))
     constants = (group_size, rounding == "nearest", form.mantissa, form.bias, *carry_and_shift(form.largest))
-    arguments = (flat, code_words(codes), exponents, flat.numel(), key)
+    arguments = (flat, codes, exponents, flat.numel(), key)
     launch_tiles(_encode, arguments, constants, flat.numel(), group_size, reads_pairs=True)
     return codes, exponents
 
@@ -41,7 +41,7 @@ def decode(codes: Tensor, exponents: Tensor, name: str, numel: int, dtype: torch
     group_size, form = 8 * codes.shape[2], FORMATS[name]
     flat = torch.empty(numel, dtype=dtype, device=codes.device)
     constants = (group_size, form.mantissa, form.bias)
-    launch_tiles(_decode, (flat, codes, exponents, numel), constants, numel, group_size)
+    launch_tiles(_decode, (flat, codes, exponents, numel), constants, numel, group_size, words=False)
     return flat
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ EXACT = {"enable_fp_fusion": False}
 _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 # Compiled kernels by case; None where reuse has failed.
 _compiled: dict[tuple[Any, ...], Any] = {}
+
+_HERE = nullcontext()
 
 # Of 4 warps; those of AMD are twice as wide.
 _THREADS = 256 if AMD.value else 128
@@ -61,37 +64,46 @@ def launch_tiles(
     *,
     sub_blocks: int = 16,
     reads_pairs: bool = False,
+    words: bool = True,
 ) -> None:
     """Run a kernel over tiles of whole groups, and once more for the last tile where the tensor ends within a group.
 
     Args:
         kernel: Takes `arguments`, the first tile, `constants`, the rows of a tile and whether it may be ragged.
-        arguments: What it reads and writes, the flat tensor first.
+        arguments: What it reads and writes, the flat tensor first and then its codes.
         constants: What it is compiled for.
         numel: Elements of the flat tensor.
         group_size: Elements per group.
         sub_blocks: Into how many tensors the kernel divides a tile.
         reads_pairs: Whether the kernel only reads the flat tensor, by `load_float`.
+        words: Whether it takes codes four columns at a time.
     """
-    groups = -(-numel // group_size)
-    if not groups:
+    if not numel:
         return
     flat = arguments[0]
-    # A tile holds whole blocks of signs: 128 elements each.
-    rows = max(groups_per_program(groups, group_size, flat.element_size(), sub_blocks), 128 // group_size)
-    tiles, ragged = -(-groups // rows), int(numel % group_size > 0)
+    rows, tiles, ragged = _tiles(numel, group_size, flat.element_size(), sub_blocks)
+    code_view = code_words if words else as_it_is
     with on_device(flat):
         if tiles > ragged:
-            view = as_pairs if reads_pairs else as_words
-            launch(kernel, tiles - ragged, view, (*arguments, 0), (*constants, rows, False))
+            views = (as_pairs if reads_pairs else as_words, code_view)
+            launch(kernel, tiles - ragged, views, (*arguments, 0), (*constants, rows, False))
         if ragged:
-            launch(kernel, 1, as_words, (*arguments, tiles - 1), (*constants, rows, True))
+            launch(kernel, 1, (as_words, code_view), (*arguments, tiles - 1), (*constants, rows, True))
+
+
+@lru_cache(maxsize=1024)
+def _tiles(numel: int, group_size: int, itemsize: int, sub_blocks: int) -> tuple[int, int, bool]:
+    """Rows of a tile, number of tiles, and whether the tensor ends within a group."""
+    groups = -(-numel // group_size)
+    # A tile holds whole blocks of signs: 128 elements each.
+    rows = max(groups_per_program(groups, group_size, itemsize, sub_blocks), 128 // group_size)
+    return rows, -(-groups // rows), numel % group_size > 0
 
 
 def launch(
     kernel: Any,
     programs: int,
-    view: Callable[[Tensor], Tensor],
+    views: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
     arguments: tuple[Any, ...],
     constants: tuple[Any, ...],
 ) -> None:
@@ -103,20 +115,19 @@ def launch(
     Args:
         kernel: A Triton function whose integers are `do_not_specialize`.
         programs: Size of the grid.
-        view: How the kernel is to see the first tensor.
+        views: How the kernel is to see the first two tensors; for what is launched directly only addresses count.
         arguments: Tensors, the flat one first, then integers.
         constants: What the kernel is compiled for.
     """
     flat = arguments[0]
-    device, bits, pointers = flat.device, 0, []
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            pointer = argument.data_ptr()
-            # A tensor elsewhere is for Triton's launcher to refuse.
-            bits |= pointer if argument.device == device else 1
-            pointers.append(pointer)
-        else:
-            pointers.append(argument)
+    device, bits = flat.get_device(), 0
+    pointers = list(arguments)
+    for place, argument in enumerate(arguments):
+        if not isinstance(argument, Tensor):
+            break
+        pointers[place] = pointer = argument.data_ptr()
+        # A tensor elsewhere is for Triton's launcher to refuse.
+        bits |= pointer if argument.get_device() == device else 1
     aligned = not bits % _VECTOR_BYTES
     case = (id(kernel), flat.dtype, device, constants)
     compiled = _compiled.get(case) if aligned else None
@@ -127,7 +138,8 @@ def launch(
         except TypeError:
             # Another Triton, whose launcher takes other arguments: it says so before it launches anything.
             _compiled[case] = None
-    compiled = kernel[(programs,)](view(flat), *arguments[1:], *constants, **EXACT)
+    first, second = (view(argument) for view, argument in zip(views, arguments, strict=False))
+    compiled = kernel[(programs,)](first, second, *arguments[2:], *constants, **EXACT)
     if aligned and _reusable(flat):
         _compiled.setdefault(case, compiled)
 
@@ -158,10 +170,16 @@ def as_pairs(flat: Tensor) -> Tensor:
 
 def on_device(t: Tensor) -> AbstractContextManager[object]:
     """Make t's device current: Triton launches there, wherever its arguments are."""
-    if t.device.type == "cpu" or t.device.index == torch.get_device_module(t.device).current_device():
-        return nullcontext()
+    index = t.get_device()
+    if index < 0 or index == torch.get_device_module(t.device).current_device():
+        return _HERE
     context: AbstractContextManager[object] = torch.get_device_module(t.device).device(t.device)
     return context
+
+
+def as_it_is(t: Tensor) -> Tensor:
+    """View nothing."""
+    return t
 
 
 def code_words(codes: Tensor) -> Tensor:

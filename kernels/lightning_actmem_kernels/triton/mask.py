@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import elements_per_program, on_device
+from .launch import as_it_is, elements_per_program, launch, on_device
 
 
 def encode(flat: Tensor) -> Tensor:
@@ -19,7 +19,8 @@ def encode(flat: Tensor) -> Tensor:
     if packed.numel():
         width = elements_per_program(packed.numel())
         with on_device(flat):
-            _encode[(triton.cdiv(packed.numel(), width),)](bools, packed, bools.numel(), packed.numel(), width)
+            sizes = bools.numel(), packed.numel()
+            launch(_encode, -(-packed.numel() // width), (as_it_is, as_it_is), (bools, packed, *sizes), (width,))
     return packed
 
 
@@ -29,7 +30,8 @@ def decode(packed: Tensor, numel: int) -> Tensor:
     if numel:
         width = elements_per_program(packed.numel())
         with on_device(packed):
-            _decode[(triton.cdiv(packed.numel(), width),)](packed, bools, numel, packed.numel(), width)
+            sizes = numel, packed.numel()
+            launch(_decode, -(-packed.numel() // width), (as_it_is, as_it_is), (packed, bools, *sizes), (width,))
     return bools.view(torch.bool)
 
 

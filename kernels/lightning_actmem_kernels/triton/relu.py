@@ -24,7 +24,7 @@ from .lanes import (
     store_lanes,
     upper_half,
 )
-from .launch import code_words, launch_tiles
+from .launch import launch_tiles
 from .noise import group_noise, noise_word
 from .values import groups_of_tile, inverse, is_finite, load_float, load_quads, step_bits, store_float
 
@@ -32,8 +32,8 @@ from .values import groups_of_tile, inverse, is_finite, load_float, load_quads, 
 def encode(flat: Tensor, bits: int, group_size: int, rounding: str, key: int) -> tuple[Tensor, Tensor]:
     """As `reference.relu.encode`."""
     codes = empty_codes(flat, bits, group_size)
-    steps = codes.new_empty(len(codes), dtype=torch.int16)
-    arguments = (flat, code_words(codes), steps, flat.numel(), key)
+    steps = codes.new_empty(codes.shape[0], dtype=torch.int16)
+    arguments = (flat, codes, steps, flat.numel(), key)
     constants = (bits, reciprocal_below((1 << bits) - 2), group_size, rounding == "nearest")
     launch_tiles(_encode, arguments, constants, flat.numel(), group_size, reads_pairs=True)
     return codes, steps
@@ -44,7 +44,7 @@ def decode(codes: Tensor, steps: Tensor, bits: int, rounding: str, key: int, num
     group_size = 8 * codes.shape[2]
     flat = torch.empty(numel, dtype=dtype, device=codes.device)
     constants = (bits, group_size, rounding == "dither", torch.finfo(dtype).tiny)
-    launch_tiles(_decode, (flat, code_words(codes), steps, numel, key), constants, numel, group_size)
+    launch_tiles(_decode, (flat, codes, steps, numel, key), constants, numel, group_size)
     return flat
 
 

@@ -29,7 +29,7 @@ def encode(flat: Tensor, bits: int, group_size: int, centre: bool, key: int) -> 
     scales = codes.new_empty(len(codes), 1 + centre, dtype=torch.int16)
     arguments = (flat, codes, scales, flat.numel(), key)
     constants = (bits, group_size, centre, *_tables(bits))
-    launch_tiles(_encode, arguments, constants, flat.numel(), group_size, sub_blocks=8, reads_pairs=True)
+    launch_tiles(_encode, arguments, constants, flat.numel(), group_size, sub_blocks=8, reads_pairs=True, words=False)
     return codes, scales
 
 
@@ -39,7 +39,7 @@ def decode(codes: Tensor, scales: Tensor, bits: int, key: int, numel: int, dtype
     flat = torch.empty(numel, dtype=dtype, device=codes.device)
     arguments = (flat, codes, scales, numel, key)
     constants = (bits, group_size, scales.shape[1] == 2, *_tables(bits))
-    launch_tiles(_decode, arguments, constants, numel, group_size, sub_blocks=8)
+    launch_tiles(_decode, arguments, constants, numel, group_size, sub_blocks=8, words=False)
     return flat
 
 

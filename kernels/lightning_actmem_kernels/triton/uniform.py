@@ -28,7 +28,7 @@ from .lanes import (
     store_lanes,
     upper_half,
 )
-from .launch import AMD, code_words, launch_tiles
+from .launch import AMD, launch_tiles
 from .noise import group_noise, noise_word
 from .values import groups_of_tile, inverse, load_float, load_quads, round_down, step_bits, store_float
 
@@ -36,8 +36,8 @@ from .values import groups_of_tile, inverse, load_float, load_quads, round_down,
 def encode(flat: Tensor, bits: int, group_size: int, rounding: str, key: int) -> tuple[Tensor, Tensor]:
     """As `reference.uniform.encode`."""
     codes = empty_codes(flat, bits, group_size)
-    grids = codes.new_empty(len(codes), dtype=torch.int32)
-    arguments = (flat, code_words(codes), grids, flat.numel(), key)
+    grids = codes.new_empty(codes.shape[0], dtype=torch.int32)
+    arguments = (flat, codes, grids, flat.numel(), key)
     constants = (bits, reciprocal_below((1 << bits) - 1), group_size, rounding == "nearest")
     launch_tiles(_encode, arguments, constants, flat.numel(), group_size, reads_pairs=True)
     return codes, grids
@@ -47,7 +47,7 @@ def decode(codes: Tensor, grids: Tensor, bits: int, rounding: str, key: int, num
     """As `reference.uniform.decode`."""
     group_size = 8 * codes.shape[2]
     flat = torch.empty(numel, dtype=dtype, device=codes.device)
-    arguments = (flat, code_words(codes), grids, numel, key)
+    arguments = (flat, codes, grids, numel, key)
     launch_tiles(_decode, arguments, (bits, group_size, rounding == "dither"), numel, group_size)
     return flat
 
