@@ -26,6 +26,8 @@ FP8 = ("fp8_e4m3", "fp8_e5m2")
 # Within these the grid of a range has a step, and an inverse of it, in float32.
 LARGEST_BOUND = 2.0**100
 NARROWEST = 2.0**-12
+# Of each group, beside its codes: a minimum and a step, a scale, an exponent.
+_METADATA_BYTES = {"uniform": 4, "rotated": 2, "relu": 2, "bfp": 1, "fp8_e4m3": 1, "fp8_e5m2": 1, "fixed": 0}
 LOSSLESS = frozenset({"identity", "mask", "two_valued", "integer"})
 
 
@@ -123,19 +125,11 @@ class CodecSpec:
         Returns:
             The exact number of bytes.
         """
-        groups = -(-numel // self.group_size)
-        code_bytes = self.group_size * self.bits // 8
-        stored = {
-            "identity": numel * dtype.itemsize,
-            "uniform": groups * (code_bytes + 4),
-            "rotated": groups * (code_bytes + (4 if self.centre else 2)),
-            "relu": groups * (code_bytes + 2),
-            "bfp": groups * (code_bytes + 1),
-            "fp8_e4m3": groups * (code_bytes + 1),
-            "fp8_e5m2": groups * (code_bytes + 1),
-            "fixed": groups * code_bytes,
-            "mask": -(-numel // 8),
-            "two_valued": -(-numel // 8) + dtype.itemsize,
-            "integer": -(-numel * self.bits // 8),
-        }
-        return stored[self.codec]
+        metadata_bytes = _METADATA_BYTES.get(self.codec)
+        if metadata_bytes is not None:
+            mean_bytes = 2 if self.centre and self.codec == "rotated" else 0
+            return -(-numel // self.group_size) * (self.group_size * self.bits // 8 + metadata_bytes + mean_bytes)
+        if self.codec == "identity":
+            return numel * dtype.itemsize
+        value_bytes = dtype.itemsize if self.codec == "two_valued" else 0
+        return -(-numel * self.bits // 8) + value_bytes

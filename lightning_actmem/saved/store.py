@@ -336,7 +336,7 @@ def _has_rows(tensor: Tensor, layout: Layout) -> bool:
 
 
 def _is_no_smaller(spec: CodecSpec, layout: Layout, tensor: Tensor, storage: UntypedStorage) -> bool:
-    return spec != IDENTITY and spec.stored_bytes(layout.numel, tensor.dtype) >= storage.nbytes()
+    return spec.codec != "identity" and spec.stored_bytes(layout.numel, tensor.dtype) >= storage.nbytes()
 
 
 def _enter(row: SiteBytes, step: int, spec: CodecSpec, saved_bytes: int) -> None:
