@@ -70,7 +70,7 @@ class Offload:
         self._recent: OrderedDict[int, ReferenceType[Parcel]] = OrderedDict()
         # Copies whose parcel is dead.
         self._orphans: deque[Transfer] = deque()
-        # The backward pass that fetches, the parcel that it may need next, and what it has fetched and not read yet.
+        # The backward pass that fetches, the parcel that it may need next, and what is on the device for it to read.
         self._pass = -1
         self._next = -1
         self._unread_bytes = 0
@@ -85,7 +85,8 @@ class Offload:
 
     def check(self, module: nn.Module | None) -> None:
         """Raise an `ActMemError` where nothing can be moved: no such device, or a model without a parameter on it."""
-        self._transport.check()
+        if not self._suits:
+            self._transport.check()
         parameters = iter(() if module is None else module.parameters())
         first = next(parameters, None)
         if first is None:
@@ -119,6 +120,7 @@ class Offload:
     def release(self) -> None:
         """Let go of what is held for later steps."""
         self.start_step()
+        self._largest_bytes = self._parcel_bytes
         self._transport.release()
 
     def add(self, payload: Movable) -> None:

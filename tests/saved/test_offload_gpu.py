@@ -165,6 +165,7 @@ def on_a_stream_of_its_own(engine: ActMemEngine, model: nn.Module, x: Tensor) ->
     with engine.compress(model, inputs=x):
         hidden = model[:3](x)
         other.wait_stream(main)
+        hidden.record_stream(other)
         with torch.cuda.stream(other):
             hidden = model[3:6](hidden)
         main.wait_stream(other)
