@@ -14,6 +14,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -40,7 +41,7 @@ BYTES_PER_SECOND = 4.3e12 * 3.35 / 4.8
 INSTRUCTIONS_PER_SECOND = 132 * 4 * 1.98e9 * 32
 # A 64-bit product takes four issue slots.
 SLOTS = {"IMAD.WIDE": 4, "IMAD.HI": 4}
-ITEMSIZE = {"bf16": 2, "fp32": 4}
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 KERNELS = {
     "uniform": uniform,
     "relu": relu,
@@ -150,7 +151,7 @@ class Case:
             form = FORMATS[self.codec]
             constants |= _scaled(form.largest) | {"MANTISSA": form.mantissa, "BIAS": form.bias}
         bf16 = "*i32" if self.encodes else "*i16"
-        flat = bf16 if self.dtype == "bf16" else "*fp32"
+        flat = bf16 if self.dtype == "bf16" else f"*{self.dtype}"
         codes = "*u8" if self.kernel in (rotated._encode, rotated._decode, fp8._decode) else "*i32"
         return compile_kernel(self.kernel, constants, {"flat_ptr": flat, "codes_ptr": codes}, target)
 
@@ -173,9 +174,9 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], pointers: dict[str, s
     numbers = dict.fromkeys(FLOATS, "fp32")
     signature = {name: "constexpr" if name.isupper() else (pointers | numbers).get(name, "i64") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in pointers}
-    launch.AMD.value = target.backend == "hip"
     source = ASTSource(kernel, signature, {name: constants[name] for name in names if name.isupper()}, aligned)
-    return triton.compile(source, target=target, options={**launch.EXACT, "num_warps": WARPS})
+    with mock.patch.object(launch.AMD, "value", target.backend == "hip"):
+        return triton.compile(source, target=target, options={**launch.EXACT, "num_warps": WARPS})
 
 
 @dataclass(frozen=True)
