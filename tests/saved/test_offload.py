@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_actmem.errors import ActMemError
@@ -444,6 +446,51 @@ def test_the_hosts_memory_is_used_again() -> None:
     assert bench.transport.made == 7
     bench.offload.release()
     assert not bench.transport.idle
+
+
+ACTIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("store"), st.integers(64, 6000)),
+        st.tuples(st.sampled_from(["read", "free", "down", "stream", "step", "end"]), st.integers(0, 99)),
+    ),
+    min_size=8,
+    max_size=60,
+)
+
+
+@given(actions=ACTIONS, limit_bytes=st.sampled_from([0, 5 * PARCEL, 9 * PARCEL]))
+def test_whatever_happens(actions: list[tuple[str, int]], limit_bytes: int) -> None:
+    """Segments of any size on two streams, read and freed in any order, in backward and outside of it."""
+    bench = Bench(limit_bytes)
+
+    def run(action: str, number: int) -> None:
+        held = [at for at, segment in enumerate(bench.segments) if segment is not None]
+        if action == "store":
+            bench.store(3, nbytes=number // 4 * 4)
+        elif action == "stream":
+            bench.transport.stream = ("main", "side")[number % 2]
+        elif action == "step":
+            bench.offload.start_step()
+        elif action == "end":
+            bench.offload.end_step()
+        elif action == "down":
+            for at in reversed(held[number * len(held) // 100 :]):
+                (bench.read_and_free if number % 2 else bench.read)(at)
+        elif held and action == "read":
+            bench.read(held[number % len(held)])
+        elif held:
+            bench.segments[held[number % len(held)]] = None
+
+    for action, number in actions:
+        if action == "down" or number % 3 == 0:
+            in_backward(lambda action=action, number=number: run(action, number))
+        else:
+            run(action, number)
+    in_backward(down(bench))
+    bench.offload.release()
+    assert bench.live() == (0, 0)
+    assert bench.transport.freed_early == 0
+    assert bench.offload._unread_bytes == bench.offload._queued_bytes == 0
 
 
 # ---------------------------------------------------------------- what may go wrong
