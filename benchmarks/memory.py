@@ -27,7 +27,12 @@ from .results import Row, append, environment
 CSV = Path(__file__).with_name("results.csv")
 CHAIN = "chain"
 CHAIN_REPEATS_FACTOR = 10  # its steps are short
-CHAIN_BITS = (32, 4)  # without and with derivation; its tensors are too small for a codec, so that none does any work
+# Without and with derivation, with tensors too small to be packed or derived; and packed, by a codec that only copies.
+CHAIN_SETTINGS: tuple[dict[str, Any], ...] = (
+    {"bits": 32},
+    {"bits": 4},
+    {"bits": 4, "codec": "identity", "min_elements": 0},
+)
 MIB = 2**20
 
 
@@ -57,7 +62,7 @@ def measure(
     is_chain = name == CHAIN
     repeats *= CHAIN_REPEATS_FACTOR if is_chain else 1
     work = workload(name, batch, device, dtype == "bf16")
-    chain_methods = [Method(), *(ActMem(each, **fields) for each in CHAIN_BITS)]
+    chain_methods = [Method(), *(ActMem(**settings, **fields) for settings in CHAIN_SETTINGS)]
     methods = chain_methods if is_chain else all_methods(tuple(bits), **fields)
     step(work, methods[0])  # makes the gradients
     stored = [method.stored(work) for method in methods]
@@ -113,9 +118,12 @@ def table_of(rows: Sequence[Row]) -> Table:
 
 def overhead(rows: Sequence[Row]) -> str:
     """Say what the hooks cost: (packed - plain) / operations, forward and backward, without any codec's work."""
-    plain, *packed = ((row.bits, row.us_per_op or 0.0) for row in rows)
-    each = ", ".join(f"{us - plain[1]:.1f} us at bits={bits}" for bits, us in packed)
-    return f"ActMem's overhead per operation, forward and backward: {each}"
+    plain, *packed = rows
+    each = []
+    for row in packed:
+        settings = f" ({row.note})" if row.note else ""
+        each.append(f"{(row.us_per_op or 0.0) - (plain.us_per_op or 0.0):.1f} us at bits={row.bits}{settings}")
+    return f"ActMem's overhead per operation, forward and backward: {', '.join(each)}"
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

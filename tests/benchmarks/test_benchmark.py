@@ -121,7 +121,7 @@ def test_other_settings_are_noted() -> None:
 
 def test_overhead_per_operation() -> None:
     plain, *packed = memory.measure("chain", repeats=1)
-    assert [row.bits for row in packed] == [32, 4]
+    assert [(row.bits, row.note) for row in packed] == [(32, ""), (4, ""), (4, "codec=identity, min_elements=0")]
     assert (plain.us_per_op or 0) == pytest.approx(1e3 * plain.step_ms / CHAIN_OPERATIONS, abs=0.01)
     assert all(row.stored_bytes == plain.stored_bytes for row in packed)
     line = memory.overhead([plain, *packed])
@@ -135,7 +135,7 @@ def test_the_program_appends_to_the_csv(tmp_path: Path, capsys: pytest.CaptureFi
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS
-    assert [row["method"] for row in rows] == ["plain", "actmem", "actmem"] * 2
+    assert [row["method"] for row in rows] == ["plain", "actmem", "actmem", "actmem"] * 2
     assert "overhead per operation" in capsys.readouterr().out
 
 
