@@ -89,14 +89,17 @@ class Deriver:
             return
         if not result.requires_grad or not is_plain(result):
             return
-        storage = result.untyped_storage()
-        if storage.nbytes() != result.nbytes or self._is_argument(call, storage, result._version):
+        storage, version = result.untyped_storage(), result._version
+        known = self._shared.noted.get(storage._cdata)
+        if isinstance(known, StoredStorage) and version in known.outcomes:
+            return  # where it was saved already
+        if storage.nbytes() != result.nbytes or self._is_argument(call, storage, version):
             return  # a recipe is for a whole storage
         entry = self._shared[storage]
-        if result._version not in entry.outcomes and (found := self._recipe(call, result)) is not None:
+        if (found := self._recipe(call, result)) is not None:
             recipe, inputs = found
             outcome = Outcome(recipe, inputs, tuple(result.shape), result.stride(), result.dtype)
-            entry.add_outcome(result._version, outcome)
+            entry.add_outcome(version, outcome)
 
     def note_copy(self, call: Call, tensor: Tensor, handle: Handle) -> None:
         """Note that a product has saved a contiguous copy of one of its arguments instead of the argument."""

@@ -63,6 +63,8 @@ class Derived:
 
     def _restore_inputs(self) -> list[Tensor]:
         """Restore the deepest first: nothing else is then held while its own chain runs."""
+        if len(self.handles) == 1:
+            return [self.handles[0].restore()]
         order = sorted(range(len(self.handles)), key=lambda number: -self.handles[number].depth)
         restored = {number: self.handles[number].restore() for number in order}
         return [restored[number] for number in range(len(self.handles))]

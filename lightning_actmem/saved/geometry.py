@@ -7,6 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+#: Neither quantised nor complex: of these only the bit for the sign of an imaginary part is left to ask for.
+REAL = frozenset(
+    [
+        *(torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.bool),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+    ]
+)
+
 
 class Geometry(NamedTuple):
     """A view of a storage at one version.
@@ -45,6 +53,6 @@ def is_plain(tensor: Tensor) -> bool:
     return (
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.layout is torch.strided
-        and not (tensor.is_nested or tensor.is_quantized or tensor.is_inference())
-        and not (tensor.is_conj() or tensor.is_neg())
+        and not (tensor.is_nested or tensor.is_inference() or tensor.is_neg())
+        and (tensor.dtype in REAL or not (tensor.is_quantized or tensor.is_conj()))
     )

@@ -11,7 +11,7 @@ from torch import Tensor, UntypedStorage, nn
 from .borrowed import Borrowed
 from .deferred import Deferred
 from .derive import FROM_SAVED, SAVES_OUTPUT, Deriver
-from .geometry import Geometry
+from .geometry import REAL, Geometry
 from .handle import EXACT_BITS, Handle, PoolIndices, Stand
 from .identify import Identifier, Verdict
 from .ledger import BORROWED
@@ -24,13 +24,6 @@ from .weights import Recast, is_weight, recast
 
 _TENSOR_TYPES = (Tensor, nn.Parameter)
 _STRIDED = torch.strided
-# Neither quantised nor complex: of these only the bit for the sign of an imaginary part is left to ask for.
-_REAL = frozenset(
-    [
-        *(torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.bool),
-        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
-    ]
-)
 # Whose recipes need what they have saved beside their arguments: masks, statistics, copies.
 _READ_AFTERWARDS = FROM_SAVED | COPYING
 _SPARSE_PARTS = {
@@ -99,7 +92,7 @@ class SavedTensorHooks:
             or tensor.layout is not _STRIDED
             or tensor.is_nested
             or tensor.is_neg()
-            or (tensor.dtype not in _REAL and (tensor.is_quantized or tensor.is_conj()))
+            or (tensor.dtype not in REAL and (tensor.is_quantized or tensor.is_conj()))
         ):
             return self._keep_opaque(tensor)  # a conjugate view has the storage of its base, and other values
         storage = tensor.untyped_storage()

@@ -156,18 +156,19 @@ class Ledger:
         if self.whereabouts is not None:
             self.whereabouts.note(self.live_saved_bytes)
             self.whereabouts.settle()
-        kept_bytes = 0
+        saved_bytes = raw_bytes = waiting_bytes = 0
         for _ in range(len(self._released)):  # as many as there are: others may follow from other threads
             released = self._released.popleft()
             if isinstance(released, int):
-                kept_bytes += released
-                continue
-            saved_bytes, raw_bytes, waiting_bytes = released
-            self.live_saved_bytes -= saved_bytes
-            self.live_raw_bytes -= raw_bytes
-            self.live_waiting_bytes -= waiting_bytes
-        self.live_saved_bytes -= kept_bytes
-        self.live_raw_bytes -= kept_bytes
+                saved_bytes += released
+                raw_bytes += released
+            else:
+                saved_bytes += released[0]
+                raw_bytes += released[1]
+                waiting_bytes += released[2]
+        self.live_saved_bytes -= saved_bytes
+        self.live_raw_bytes -= raw_bytes
+        self.live_waiting_bytes -= waiting_bytes
 
     def record(
         self,

@@ -77,11 +77,15 @@ class Recipe(NamedTuple):
         if self.inplace:
             tensors[0] = tensors[0].clone(memory_format=torch.preserve_format)
         state = self.autocast
-        with (
-            torch._C.DisableTorchFunction(),
-            torch.no_grad(),
-            torch.autocast(state.device_type, state.dtype, enabled=state.enabled, cache_enabled=False),
-        ):
+        # In backward there is mostly neither: to enter and leave the two contexts takes longer than many an operation.
+        if state.enabled or torch.is_autocast_enabled(state.device_type) or torch.is_grad_enabled():
+            enabled = state.enabled
+            with torch.no_grad(), torch.autocast(state.device_type, state.dtype, enabled=enabled, cache_enabled=False):
+                return self._run(tensors)
+        return self._run(tensors)
+
+    def _run(self, tensors: list[Tensor]) -> Tensor:
+        with torch._C.DisableTorchFunction():
             result: Tensor = self.function(*_fill(self.arguments, tensors), **_fill(self.keywords, tensors))
         return result
 
@@ -92,7 +96,10 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
         yield value
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from tensors_of(item)
+            if isinstance(item, Tensor):
+                yield item
+            elif isinstance(item, (list, tuple, dict)):
+                yield from tensors_of(item)
     elif isinstance(value, dict):
         yield from tensors_of(list(value.values()))
 
@@ -117,8 +124,8 @@ def _fill(value: Any, tensors: list[Tensor]) -> Any:
     if isinstance(value, Slot):
         return tensors[value.number]
     if isinstance(value, (list, tuple)):
-        items = [_fill(item, tensors) for item in value]
+        items = [tensors[item.number] if type(item) is Slot else _fill(item, tensors) for item in value]
         return tuple(items) if isinstance(value, tuple) else items
     if isinstance(value, dict):
-        return {name: _fill(item, tensors) for name, item in value.items()}
+        return {name: _fill(item, tensors) for name, item in value.items()} if value else value
     return value

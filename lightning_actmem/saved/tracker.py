@@ -52,7 +52,7 @@ class Call:
     def inputs(self) -> list[tuple[Tensor, Geometry | None]]:
         """Return every tensor within the arguments and its geometry (``None``: not plain) at the first call of this."""
         if self._inputs is None:
-            tensors = tensors_of([self.arguments, self.keywords])
+            tensors = tensors_of([self.arguments, self.keywords] if self.keywords else self.arguments)
             self._inputs = [(tensor, Geometry.of(tensor) if is_plain(tensor) else None) for tensor in tensors]
         return self._inputs
 

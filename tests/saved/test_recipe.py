@@ -35,6 +35,25 @@ def test_a_call_can_be_run_again(function: Any, arguments: tuple[Any, ...], keyw
     assert not list(tensors_of([slots, named_slots]))
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("now", [False, True])
+@pytest.mark.parametrize("then", [False, True])
+def test_it_runs_as_in_the_forward_whatever_holds_in_backward(then: bool, now: bool, grad: bool) -> None:
+    """Where autocast and gradient are off already, their contexts are left out."""
+    weight = B.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=then):
+        state = Autocast.now("cpu")
+        expected = torch.mm(A, B)
+    assert state is not None
+    slots, _ = with_slots(((A, weight), {}))
+    with torch.autocast("cpu", torch.bfloat16, enabled=now), torch.set_grad_enabled(grad):
+        result = Recipe(torch.mm, slots, {}, state).run([A, weight])
+        assert torch.is_autocast_enabled("cpu") is now
+    assert result.dtype == (torch.bfloat16 if then else torch.float32)
+    assert torch.equal(result, expected)
+    assert not result.requires_grad
+
+
 def test_an_operation_in_place_runs_on_a_copy() -> None:
     state = Autocast.now("cpu")
     assert state is not None
