@@ -40,6 +40,7 @@ MEASURED_BATCHES = 4
 TEXT_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 Batch = tuple[Tensor, Tensor]
+Row = dict[str, Any]
 
 
 class Work(NamedTuple):
@@ -113,18 +114,18 @@ class Follow(Callback):
         actmem: What trains.
         batches: What is measured on.
         every: Steps between two measurements.
+        emit: Takes the row of each.
     """
 
-    def __init__(self, actmem: ActMem, batches: list[Batch], every: int) -> None:
-        self.actmem, self.batches, self.every = actmem, batches, every
-        self.rows: list[dict[str, Any]] = []
+    def __init__(self, actmem: ActMem, batches: list[Batch], every: int, emit: Callable[[Row], None]) -> None:
+        self.actmem, self.batches, self.every, self.emit = actmem, batches, every, emit
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step % self.every:
             return
         report = self.actmem.engine.report(table=False)
         last = self.actmem.adaptation.history[-1]
-        self.rows.append(
+        self.emit(
             {
                 "step": trainer.global_step,
                 "noise": f"{self.noise(pl_module):.5f}",
@@ -193,21 +194,15 @@ def _images(path: Path) -> Batch:
     return (pixels - pixels.mean()) / pixels.std(), torch.tensor(found[b"labels"])
 
 
-def run(work: Work, seed: int, steps: int, every: int, noise: float | None) -> tuple[float, list[dict[str, Any]]]:
-    """Train once.
-
-    Returns:
-        The final validation loss, and a row for every measurement of the noise.
-    """
+def run(work: Work, seed: int, steps: int, every: int, noise: float | None, emit: Callable[[Row], None]) -> float:
+    """Train once, hand out a row for every measurement of the noise, and return the final validation loss."""
     seed_everything(seed, verbose=False)
     module = Task(work.build(), steps)
     callbacks: list[Callback] = []
-    rows: list[dict[str, Any]] = []
     if noise is not None:
         actmem = ActMem(noise=noise, adapt_every=2 * every, seed=seed, summary=False)
         unseen = Batches(work, seed + 1000, MEASURED_BATCHES)
-        follow = Follow(actmem, [unseen[index] for index in range(MEASURED_BATCHES)], every)
-        callbacks, rows = [actmem, follow], follow.rows
+        callbacks = [actmem, Follow(actmem, [unseen[index] for index in range(MEASURED_BATCHES)], every, emit)]
     trainer = Trainer(
         accelerator="cpu",
         logger=False,
@@ -220,19 +215,24 @@ def run(work: Work, seed: int, steps: int, every: int, noise: float | None) -> t
     trainer.fit(module, DataLoader(Batches(work, seed, steps), batch_size=None))
     module.eval()
     with torch.no_grad():
-        return statistics.fmean(module.model(*batch).item() for batch in work.validation), rows
+        return statistics.fmean(module.model(*batch).item() for batch in work.validation)
 
 
 def record(name: str, work: Work, options: argparse.Namespace) -> None:
     """Run one task with every seed, plainly and with a noise budget; append and print what comes of it."""
     for seed in options.seeds:
         for noise in (None, NOISE):
-            loss, rows = run(work, seed, options.steps, options.every, noise)
             head = {**environment(torch.device("cpu")), "data": name, "steps": options.steps, "seed": seed}
             head["configuration"] = "plain" if noise is None else f"noise={noise}"
-            empty = dict.fromkeys(("noise", "own_noise", "predicted_noise", "stored_bytes", "ratio"), "")
-            for row in [*rows, {"step": options.steps, **empty, "val_loss": f"{loss:.5f}"}]:
+            rows: list[Row] = []
+
+            def emit(row: Row, head: Row = head, rows: list[Row] = rows) -> None:
+                rows.append(row)
                 append(options.csv, {**head, "val_loss": "", **row})
+
+            loss = run(work, seed, options.steps, options.every, noise, emit)
+            empty = dict.fromkeys(("noise", "own_noise", "predicted_noise", "stored_bytes", "ratio"), "")
+            append(options.csv, {**head, "val_loss": f"{loss:.5f}", "step": options.steps, **empty})
             noises = [float(row["noise"]) for row in rows]
             ratios = [float(row["ratio"]) for row in rows]
             found = f", noise at most {max(noises):.4f}, mean {statistics.fmean(noises):.4f}" if noises else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,14 +21,10 @@ from .measurement import Measurement, Measuring, merged
 from .published import ActNN, Gact
 from .replay import Replay
 from .schedule import Target
-from .sensitivity import Average, Sensitivities
+from .sensitivity import Sensitivities
 from .sizes import Sizes
-from .state import as_list
 
 Plan = Mapping[Site, CodecSpec | None]
-# Two parts of a batch tell the gradient's own variance within some 25 % only, while what rounding adds to it is known
-# better: so the former is averaged over more adaptations, and in logarithms, lest the steep start of a training lasts.
-_VARIANCE_DECAY = 0.7
 # From batch to batch the noise of one plan differs by some 20 %: what a budget allows is to hold for all of them.
 _MARGIN = 0.8
 # Settings that measurements and plans depend on.
@@ -111,6 +106,8 @@ class Adapter:
         self.gather: Callable[[Measurement], Sequence[Measurement]] | None = None
         #: Adaptations measured so far.
         self.count = 0
+        #: Variance of the gradient of one part of a batch, as measured last; 1 before the first time.
+        self.gradient_variance = 1.0
         #: Noise of the whole plan as measured last, and what had been predicted for the same plan.
         self.measured_noise: float | None = None
         self.expected_noise: float | None = None
@@ -121,15 +118,9 @@ class Adapter:
         self.sensitivities = Sensitivities()
         self._host = host
         self._config = config
-        self._log_variance = Average()
         self._warned = False
         laws: dict[str, Law] = {"actmem": Measured(), "actnn": ActNN(), "gact": Gact()}
         self._law = laws[config.method]
-
-    @property
-    def gradient_variance(self) -> float:
-        """Variance of the gradient of one part of a batch, averaged over adaptations; 1 before the first."""
-        return math.exp(self._log_variance.value) if self._log_variance.weight else 1.0
 
     @property
     def predicted_noise(self) -> float | None:
@@ -247,7 +238,7 @@ class Adapter:
             "settings": self._settings(),
             "count": self.count,
             "sensitivities": self.sensitivities.state(),
-            "log_variance": as_list(self._log_variance),
+            "gradient_variance": self.gradient_variance,
             "measured_noise": self.measured_noise,
             "expected_noise": self.expected_noise,
             "sizes": self.sizes.state(),
@@ -263,7 +254,7 @@ class Adapter:
             return
         self.count = int(state["count"])
         self.sensitivities.load(state["sensitivities"])
-        self._log_variance = Average(*state["log_variance"])
+        self.gradient_variance = float(state["gradient_variance"])
         self.measured_noise = state["measured_noise"]
         self.expected_noise = state["expected_noise"]
         self.sizes.load(state["sizes"])
@@ -342,9 +333,11 @@ class Adapter:
             return  # float16 has overflowed: the present bits stay
         own = sum(measurement.distances) / len(measurement.distances)
         if own > 0:
-            self._log_variance.add(math.log(own), self.count, _VARIANCE_DECAY)
+            self.gradient_variance = own
+        # Relative to what was found with them: gradients shrink in the course of a training, and on parts with large
+        # ones rounding errors are large too. Averages of either by itself have told a third too little noise.
         for (site, spec), errors in measurement.errors.items():
-            self.sensitivities.add(site, spec, errors, self.count)
+            self.sensitivities.add(site, spec, [error / self.gradient_variance for error in errors], self.count)
         self.measured_noise = sum(measurement.totals) / len(measurement.totals) / self.gradient_variance
         self.expected_noise = self.predicted_noise
         self.probe_bytes = measurement.probe_bytes
@@ -353,8 +346,7 @@ class Adapter:
         return self._host.plan.get(site, use.default)
 
     def _noise_of(self, site: Site, spec: CodecSpec | None) -> float | None:
-        variance = self._law.variance(self.sensitivities, site, spec)
-        return None if variance is None else variance / self.gradient_variance
+        return self._law.variance(self.sensitivities, site, spec)
 
 
 def name_of(spec: CodecSpec | None) -> str:

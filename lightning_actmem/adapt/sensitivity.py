@@ -43,7 +43,7 @@ class Average:
 
 
 class Sensitivities:
-    """The measured variances of the gradient of a part of a batch, by site and codec."""
+    """The measured variances by site and codec, relative to the gradient's own: noises."""
 
     def __init__(self) -> None:
         self.averages: dict[Site, dict[CodecSpec, Average]] = {}

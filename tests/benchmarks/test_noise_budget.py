@@ -6,6 +6,7 @@ import argparse
 import csv
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,13 +35,14 @@ def test_measuring_the_noise_leaves_the_training_as_it_is(cifar: Path) -> None:
     work = noise_budget.cifar(cifar)
     batches = Batches(work, 0, 2)
     module, actmem = Task(work.build(), 4), ActMem(noise=0.05, bits=2)
-    follow = Follow(actmem, [batches[0], batches[1]], every=1)
+    rows: list[Any] = []
+    follow = Follow(actmem, [batches[0], batches[1]], 1, rows.append)
     state, random = {name: value.clone() for name, value in module.state_dict().items()}, torch.get_rng_state()
     coarse = follow.noise(module)
     assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
     assert torch.equal(random, torch.get_rng_state())
     assert all(parameter.grad is None for parameter in module.parameters())
-    fine = Follow(ActMem(noise=0.05, bits=8), follow.batches, every=1).noise(module)
+    fine = Follow(ActMem(noise=0.05, bits=8), follow.batches, 1, rows.append).noise(module)
     assert coarse > 100 * fine > 0
 
 
