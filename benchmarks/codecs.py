@@ -192,7 +192,7 @@ def main() -> None:
     never, written = compiled.AFTER_ELEMENTS, CSV.exists() and options.append
     with CSV.open("a" if written else "w", newline="") as file:
         writer = None
-        for path in options.paths:
+        for path in sorted(options.paths, reverse=True):  # "eager" first: what has been compiled stays
             compiled.AFTER_ELEMENTS = 0 if path == "compiled" else never * 1000
             for spec, dtype, numel in cases(options):
                 for row in rows(spec, dtype, numel, device):

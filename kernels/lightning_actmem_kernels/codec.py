@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import ops
 from .ops import call
-from .spec import FP8, CodecSpec
+from .spec import CodecSpec
 
 Payload = tuple[Tensor, ...]
 
@@ -73,6 +73,8 @@ def encode(flat: Tensor, spec: CodecSpec, *, key: int, backend: str | None = Non
     if spec.codec == "integer":
         return (call(ops.integer_encode, flat, spec.bits),)
     engine = resolve_backend(backend, flat.device)
+    if grid_encode := _GRID_ENCODE.get(spec.codec):
+        return call(grid_encode, flat, spec.bits, spec.group_size, spec.rounding, key, engine)
     if spec.codec == "mask":
         return (call(ops.mask_encode, flat, engine),)
     if spec.codec == "two_valued":
@@ -83,9 +85,7 @@ def encode(flat: Tensor, spec: CodecSpec, *, key: int, backend: str | None = Non
     if spec.codec == "fixed":
         bounds = spec.low, spec.high
         return (call(ops.fixed_encode, flat, spec.bits, spec.group_size, *bounds, spec.rounding, key, engine),)
-    if spec.codec in FP8:
-        return call(ops.fp8_encode, flat, spec.codec, spec.group_size, spec.rounding, key, engine)
-    return call(_GRID_ENCODE[spec.codec], flat, spec.bits, spec.group_size, spec.rounding, key, engine)
+    return call(ops.fp8_encode, flat, spec.codec, spec.group_size, spec.rounding, key, engine)
 
 
 def decode(
@@ -116,6 +116,8 @@ def decode(
     if spec.codec == "integer":
         return call(ops.integer_decode, stored, spec.bits, dtype, numel)
     engine = resolve_backend(backend, stored.device)
+    if grid_decode := _GRID_DECODE.get(spec.codec):
+        return call(grid_decode, stored, payload[1], spec.bits, spec.rounding, key, numel, dtype, engine)
     if spec.codec == "mask":
         return call(ops.mask_decode, stored, numel, engine)
     if spec.codec == "two_valued":
@@ -124,9 +126,7 @@ def decode(
         return call(ops.rotated_decode, stored, payload[1], spec.bits, key, numel, dtype, engine)
     if spec.codec == "fixed":
         return call(ops.fixed_decode, stored, spec.bits, spec.low, spec.high, spec.rounding, key, numel, dtype, engine)
-    if spec.codec in FP8:
-        return call(ops.fp8_decode, stored, payload[1], spec.codec, numel, dtype, engine)
-    return call(_GRID_DECODE[spec.codec], stored, payload[1], spec.bits, spec.rounding, key, numel, dtype, engine)
+    return call(ops.fp8_decode, stored, payload[1], spec.codec, numel, dtype, engine)
 
 
 def resolve_backend(backend: str | None, device: torch.device) -> str:

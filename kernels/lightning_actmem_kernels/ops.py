@@ -30,8 +30,8 @@ _Args = ParamSpec("_Args")
 _Result = TypeVar("_Result")
 _Pair = tuple[Tensor, Tensor]
 
-# What each operator runs.
-_functions: dict[Any, Callable[..., Any]] = {}
+# What each operator runs, by its identity: an operator's own hash is a function in Python.
+_functions: dict[int, Callable[..., Any]] = {}
 
 
 @lru_cache
@@ -48,7 +48,7 @@ def _register(
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lightning_actmem::{name}", fake, lib=_library)
     overload: Callable[_Args, _Result] = getattr(torch.ops.lightning_actmem, name).default
-    _functions[overload] = run
+    _functions[id(overload)] = run
     return overload
 
 
@@ -64,7 +64,7 @@ def call(operator: Callable[_Args, _Result], *arguments: _Args.args, **keywords:
         Its result.
     """
     listened = torch.compiler.is_compiling() or type(arguments[0]) is not Tensor or _dispatch_modes()
-    function: Callable[_Args, _Result] = operator if listened else _functions[operator]
+    function: Callable[_Args, _Result] = operator if listened else _functions[id(operator)]
     return function(*arguments, **keywords)
 
 

@@ -36,7 +36,7 @@ _NO_SCALE = tl.constexpr(NO_SCALE)
 def encode(flat: Tensor, bits: int, group_size: int, rounding: str, key: int) -> tuple[Tensor, Tensor]:
     """As `reference.bfp.encode`."""
     codes = empty_codes(flat, bits, group_size)
-    exponents = codes.new_empty(len(codes))
+    exponents = codes.new_empty(codes.shape[0])
     top = largest_mantissa(bits)
     constants = (bits, group_size, rounding == "nearest", top, *carry_and_shift(top))
     arguments = (flat, codes, exponents, flat.numel(), key)

@@ -29,7 +29,7 @@ def encode(flat: Tensor, name: str, group_size: int, rounding: str, key: int) ->
     """As `reference.fp8.encode`."""
     form = FORMATS[name]
     codes = empty_codes(flat, 8, group_size)
-    exponents = codes.new_empty(len(codes))
+    exponents = codes.new_empty(codes.shape[0])
     constants = (group_size, rounding == "nearest", form.mantissa, form.bias, *carry_and_shift(form.largest))
     arguments = (flat, codes, exponents, flat.numel(), key)
     launch_tiles(_encode, arguments, constants, flat.numel(), group_size, reads_pairs=True)

@@ -153,7 +153,7 @@ def _reusable(flat: Tensor) -> bool:
 def elements_per_program(elements: int) -> int:
     """Width of a one-dimensional tile, a power of two."""
     widest = _TILE_ELEMENTS_INTERPRETED if INTERPRETED else _BYTES_PER_PROGRAM
-    return int(min(widest, triton.next_power_of_2(elements)))
+    return min(widest, 1 << (elements - 1).bit_length())
 
 
 def as_words(flat: Tensor) -> Tensor:
@@ -171,7 +171,8 @@ def as_pairs(flat: Tensor) -> Tensor:
 def on_device(t: Tensor) -> AbstractContextManager[object]:
     """Make t's device current: Triton launches there, wherever its arguments are."""
     index = t.get_device()
-    if index < 0 or index == torch.get_device_module(t.device).current_device():
+    # `get_device_module` takes longer than the rest of this.
+    if index < 0 or index == (torch.cuda if t.is_cuda else torch.get_device_module(t.device)).current_device():
         return _HERE
     context: AbstractContextManager[object] = torch.get_device_module(t.device).device(t.device)
     return context
@@ -180,6 +181,11 @@ def on_device(t: Tensor) -> AbstractContextManager[object]:
 def as_it_is(t: Tensor) -> Tensor:
     """View nothing."""
     return t
+
+
+def as_bytes(flat: Tensor) -> Tensor:
+    """View booleans as what they are in memory."""
+    return flat.view(torch.uint8)
 
 
 def code_words(codes: Tensor) -> Tensor:

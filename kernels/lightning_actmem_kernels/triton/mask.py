@@ -9,30 +9,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import as_it_is, elements_per_program, launch, on_device
+from .launch import as_bytes, as_it_is, elements_per_program, launch, on_device
 
 
 def encode(flat: Tensor) -> Tensor:
     """As `reference.mask.encode`."""
-    bools = flat.view(torch.uint8)
-    packed = bools.new_empty(-(-bools.numel() // 8))
-    if packed.numel():
-        width = elements_per_program(packed.numel())
+    numel = flat.numel()
+    size = -(-numel // 8)
+    packed = flat.new_empty(size, dtype=torch.uint8)
+    if size:
+        width = elements_per_program(size)
         with on_device(flat):
-            sizes = bools.numel(), packed.numel()
-            launch(_encode, -(-packed.numel() // width), (as_it_is, as_it_is), (bools, packed, *sizes), (width,))
+            launch(_encode, -(-size // width), (as_bytes, as_it_is), (flat, packed, numel, size), (width,))
     return packed
 
 
 def decode(packed: Tensor, numel: int) -> Tensor:
     """As `reference.mask.decode`."""
-    bools = packed.new_empty(numel)
+    flat, size = packed.new_empty(numel, dtype=torch.bool), packed.numel()
     if numel:
-        width = elements_per_program(packed.numel())
+        width = elements_per_program(size)
         with on_device(packed):
-            sizes = numel, packed.numel()
-            launch(_decode, -(-packed.numel() // width), (as_it_is, as_it_is), (packed, bools, *sizes), (width,))
-    return bools.view(torch.bool)
+            launch(_decode, -(-size // width), (as_it_is, as_bytes), (packed, flat, numel, size), (width,))
+    return flat
 
 
 @triton.jit(do_not_specialize=["numel", "plane_size"])

@@ -26,7 +26,7 @@ _TOO_LARGE_BITS = tl.constexpr(TOO_LARGE_BITS)
 def encode(flat: Tensor, bits: int, group_size: int, centre: bool, key: int) -> tuple[Tensor, Tensor]:
     """As `reference.rotated.encode`."""
     codes = empty_codes(flat, bits, group_size)
-    scales = codes.new_empty(len(codes), 1 + centre, dtype=torch.int16)
+    scales = codes.new_empty(codes.shape[0], 1 + centre, dtype=torch.int16)
     arguments = (flat, codes, scales, flat.numel(), key)
     constants = (bits, group_size, centre, *_tables(bits))
     launch_tiles(_encode, arguments, constants, flat.numel(), group_size, sub_blocks=8, reads_pairs=True, words=False)
