@@ -30,6 +30,9 @@ def role_of(tensor: Tensor, storage_id: int, call: Call) -> tuple[str, Tensor | 
         if type(argument) is Tensor and argument.dtype is dtype:
             is_argument = argument is tensor or storage_id_of(argument) == storage_id
             return (call.operation.argument_names[0], argument, False) if is_argument else _RESULT
+    for name, argument in zip(call.operation.argument_names, call.arguments, strict=False):
+        if argument is tensor:  # as most arguments are saved: no storage has to be asked for
+            return name, argument, False
     cast_from: list[tuple[str, Tensor]] = []
     may_be_cast = False
     for name, argument, argument_id in call.operands():

@@ -203,6 +203,15 @@ def test_roles_name_the_argument() -> None:
     assert {(str(site)) for site in engine.ledger.sites} == {"fc/linear.input", "fc/linear.weight"}
 
 
+def test_an_argument_itself_comes_before_others_that_share_its_memory() -> None:
+    engine = ActMemEngine(min_elements=0)
+    with engine.compress():
+        h = hidden(torch.randn(64, WIDTH))
+        h.view_as(h) * h
+    roles = {site.role for site in engine.ledger.sites if site.operation == "mul"}
+    assert {"input", "other"} <= roles
+
+
 @pytest.mark.parametrize(
     ("patterns", "exact"),
     [
