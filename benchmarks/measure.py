@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 
 import torch
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+
+from lightning_actmem.peak import PeakMeter
 
 from .methods import Method
 from .models import Workload
@@ -38,21 +37,12 @@ def peak_bytes(work: Workload, method: Method) -> int:
     Returns:
         Bytes on the model's device.
     """
-    if work.device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    _synchronize(work)
+    before = torch.cuda.memory_allocated() if work.device.type == "cuda" else 0
+    with PeakMeter(work.device) as meter:
         step(work, method)
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-        step(work, method)
-    changes = sorted(
-        (event.start_ns(), event.nbytes())
-        for event in profiler.profiler.kineto_results.events()
-        if event.name() == "[memory]" and event.device_type() == DeviceType.CPU
-    )
-    return max(accumulate(nbytes for _, nbytes in changes), default=0)
+        _synchronize(work)
+    return meter.peak_bytes - before
 
 
 def step_seconds(work: Workload, method: Method, clock: Clock = time.perf_counter) -> float:
