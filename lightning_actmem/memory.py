@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
+import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +89,19 @@ def free_failed(error: BaseException) -> None:
 def collect() -> None:
     """Collect garbage, and give back to the device what allocators keep for later."""
     gc.collect()
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     if torch.xpu.is_available() and torch.xpu.is_initialized():
         torch.xpu.empty_cache()
+
+
+@lru_cache(maxsize=1)
+def _malloc_trim() -> Callable[[int], int] | None:
+    """Glibc's way to give freed memory back to the system: else it counts as used where memory runs out."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def tensor_bytes(tensors: Iterable[Any]) -> int:
@@ -125,7 +137,9 @@ def available_bytes(device: torch.device, held: int = 0) -> int:
         ActMemError: If the device does not tell.
     """
     if device.type == "cpu":
-        left = [bytes_left for bytes_left in (_address_space(), _control_group(), _machine()) if bytes_left is not None]
+        left = [
+            bytes_left for bytes_left in (address_space_left(), _control_group(), _machine()) if bytes_left is not None
+        ]
         if not left:
             raise ActMemError("this system does not tell how much memory is left. Give a budget such as '4GiB'.")
         return held + max(0, min(left))
@@ -136,7 +150,8 @@ def available_bytes(device: torch.device, held: int = 0) -> int:
     return int(free) + int(module.memory_reserved(device))
 
 
-def _address_space() -> int | None:
+def address_space_left() -> int | None:
+    """Return the bytes that the address-space limit (``ulimit -v``) leaves, or ``None`` where there is none."""
     try:
         import resource
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from math import inf
 
 from .memory import human_bytes
 
 #: A secant that goes this much further than the safe estimate is not trusted: memory may have a kink behind it.
-_TRUSTED = 1.15
-_SAFE_SHARE = 0.4
+_TRUSTED = 1.03
+_SAFE_SHARE = 0.8
 _FLAT_STEP = 8
 _BACK_OFF = 0.96
-_AIM = 0.99  # memory is not quite a straight line, and a near miss costs a trial
+# Memory is not quite a straight line, and a near miss costs a trial.
+_LEAST_DOUBT, _MOST_DOUBT = 0.02, 0.03
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,10 @@ class Line:
 class BatchSearch:
     """Finds the largest batch size within a budget in a few trials, each of which decides the next.
 
-    Two small batches, the second one less than half of what the first one lets expect; then the prediction, made on the
-    safe side where the two do not agree with a straight line; then, where it is worth it, one more on the line through
-    the largest two. Only batches whose own trial has succeeded are returned.
+    A small batch; then most of what it lets expect on the safe side; then the prediction, on the safe side again where
+    the two do not agree with a straight line; then, where it is worth it, one more on the line through the largest two,
+    short of the budget by what the bend so far puts in doubt. Only batches whose own trial has succeeded are returned,
+    and those that ran before memory ran out are run once more.
 
     Args:
         budget_bytes: What may be allocated at one time.
@@ -105,9 +107,15 @@ class BatchSearch:
 
     @property
     def fitting(self) -> list[Trial]:
-        """The trials that stayed within the budget, the smallest batch first."""
-        fit = [trial for trial in self.trials if not trial.out_of_memory and trial.peak_bytes <= self.budget_bytes]
-        return sorted(fit, key=lambda trial: trial.batch_size)
+        """The trials that stayed within the budget and below where memory ran out, the smallest batch first."""
+        exhausted = self._exhausted()
+        end = exhausted[0] if exhausted else inf
+        fit = {
+            trial.batch_size: trial  # the last one of each size
+            for trial in self.trials
+            if trial.batch_size < end and trial.peak_bytes <= self.budget_bytes
+        }
+        return [fit[batch_size] for batch_size in sorted(fit)]
 
     @property
     def failed(self) -> int | None:
@@ -129,8 +137,8 @@ class BatchSearch:
     @property
     def line(self) -> Line | None:
         """The line through the two largest batches that were measured."""
-        measured = sorted((trial for trial in self.trials if not trial.out_of_memory), key=lambda t: t.batch_size)
-        return Line.through(*measured[-2:]) if len(measured) > 1 else None
+        measured = {trial.batch_size: trial for trial in self.trials if not trial.out_of_memory}
+        return Line.through(*(measured[size] for size in sorted(measured)[-2:])) if len(measured) > 1 else None
 
     def run(self, measure: Callable[[int], Trial]) -> int | None:
         """Measure batch sizes until the largest one is found.
@@ -141,15 +149,22 @@ class BatchSearch:
         Returns:
             The largest batch size that has been seen to fit, or ``None`` if not even one sample fits.
         """
-        batch_size: int | None = self._within(self.start)
-        while batch_size is not None:
+        batch_size = self._within(self.start)
+        while True:
             trial = measure(batch_size)
             if trial.samples is not None:
                 self.limit = trial.samples
                 trial = replace(trial, batch_size=trial.samples)
             self.trials.append(trial)
-            batch_size = self.next()
-        return self.best
+            following = self.next()
+            if following is None and (self.best is None or self._is_certain(self.best)):
+                return self.best
+            batch_size = following or self.best or 1
+
+    def _is_certain(self, batch_size: int) -> bool:
+        """Whether memory has not run out since a batch size ran: a step that fails may leave something behind."""
+        last = max(index for index, trial in enumerate(self.trials) if trial.batch_size == batch_size)
+        return not any(trial.out_of_memory for trial in self.trials[last:])
 
     def next(self) -> int | None:
         """Return the next batch size to try, or ``None`` when the search is over."""
@@ -171,29 +186,29 @@ class BatchSearch:
         exhausted = self._exhausted()
         if len(exhausted) > 1:
             return (last.batch_size + exhausted[0]) // 2
-        budget = self._effective_budget()
-        safe = Line.safe(last).largest(budget)
-        if len(fit) == 1 and self.failed is None:
-            expected = 0 if safe is None else int(safe * _SAFE_SHARE)
-            return max(2 * last.batch_size, expected)
+        safe = Line.safe(last).largest(self.budget_bytes)
         if len(fit) == 1:
-            return safe if safe is not None else last.batch_size
+            expected = last.batch_size if safe is None else safe
+            return expected if self.failed is not None else max(2 * last.batch_size, int(_SAFE_SHARE * expected))
+        budget = self._aim(fit)
         secant = self.line.largest(budget) if self.line else None
         if secant is None:  # flat: the optimizer's step takes more than these batches
             return min(_FLAT_STEP * last.batch_size, safe) if safe else _FLAT_STEP * last.batch_size
-        if safe is None or secant <= _TRUSTED * safe:
-            return secant
-        # Behind a kink the secant of the batches before it says nothing. Two trials with the same slope say a lot.
-        lines = [Line.through(a, b).bytes_per_sample for a, b in pairwise(fit)]
-        steady = len(lines) > 1 and abs(lines[-1] - lines[-2]) < 0.1 * lines[-1]
-        return secant if steady else safe
+        # Behind a kink the secant of two batches says nothing; with a third one its error can be told.
+        return secant if safe is None or secant <= _TRUSTED * safe or len(fit) > 2 else safe
 
-    def _effective_budget(self) -> int:
+    def _aim(self, fit: list[Trial]) -> int:
         """Return a little less than the budget, or than where memory has run out for the first time."""
-        line = self.line
+        line, last = self.line, fit[-1]
         if line is None or line.bytes_per_sample <= 0:
             return self.budget_bytes
-        aim = line.fixed_bytes + _AIM * (self.budget_bytes - line.fixed_bytes)
+        doubt = _LEAST_DOUBT
+        if len(fit) > 2:
+            # What the bend between the last two secants would add, if it went on to the budget.
+            before = Line.through(*fit[-3:-1])
+            bend = abs(line.bytes_per_sample - before.bytes_per_sample) / line.bytes_per_sample
+            doubt = min(max(doubt, bend * (1 - last.peak_bytes / self.budget_bytes)), _MOST_DOUBT)
+        aim = line.fixed_bytes + (1 - doubt) * (self.budget_bytes - line.fixed_bytes)
         exhausted = self._exhausted()
         if exhausted:
             aim = min(aim, line.peak_bytes(int(_BACK_OFF * exhausted[0])))

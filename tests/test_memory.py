@@ -77,16 +77,16 @@ def test_held_bytes_counts_a_tied_weight_once_and_the_optimizers_state():
 
 
 def test_the_least_of_all_limits_is_available(monkeypatch):
-    monkeypatch.setattr(memory, "_address_space", lambda: 500)
+    monkeypatch.setattr(memory, "address_space_left", lambda: 500)
     monkeypatch.setattr(memory, "_control_group", lambda: None)
     monkeypatch.setattr(memory, "_machine", lambda: 900)
     assert available_bytes(CPU, held=70) == 570
-    monkeypatch.setattr(memory, "_address_space", lambda: -5)
+    monkeypatch.setattr(memory, "address_space_left", lambda: -5)
     assert available_bytes(CPU, held=70) == 70
 
 
 def test_a_system_that_does_not_tell(monkeypatch):
-    for name in ("_address_space", "_control_group", "_machine"):
+    for name in ("address_space_left", "_control_group", "_machine"):
         monkeypatch.setattr(memory, name, lambda: None)
     with pytest.raises(ActMemError, match="Give a budget such as '4GiB'"):
         available_bytes(CPU)

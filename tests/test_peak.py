@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.profiler import profile
 
-from lightning_actmem import ActMemEngine, ActMemError
-from lightning_actmem.peak import PeakMeter
+from lightning_actmem import ActMemEngine, ActMemError, peak
+from lightning_actmem.peak import PeakMeter, ResidentMeter
 from tests.models import mlp
 
 CPU = torch.device("cpu")
@@ -48,7 +48,8 @@ def test_a_profiler_that_runs_already_is_told():
 QUIETLY = """
 import os
 import torch
-from lightning_actmem.peak import PeakMeter
+from lightning_actmem import peak
+from lightning_actmem.peak import PeakMeter, ResidentMeter
 before = dict(os.environ)
 with PeakMeter(torch.device("cpu")):
     torch.empty(1 << 20)
@@ -92,3 +93,44 @@ class _Allocated:
         self.profiler.__exit__(*exception)
         events = self.profiler.kineto_results.events()
         self.bytes = sum(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+@pytest.mark.skipif(not ResidentMeter.is_supported(), reason="this system does not tell the peak of resident memory")
+class TestResidentMeter:
+    """Some pages more or less: kernels count them processor by processor."""
+
+    SLACK = 2 * MIB
+
+    def test_the_largest_sum_at_one_time(self):
+        with ResidentMeter(held=5) as meter:
+            first = mebibytes(100).fill_(1)
+            del first
+            second = mebibytes(60).fill_(1)
+        assert abs(meter.peak_bytes - 100 * MIB - 5) <= self.SLACK
+        del second
+
+    def test_what_was_there_before_does_not_count(self):
+        before = mebibytes(100).fill_(1)
+        with ResidentMeter() as meter:
+            mebibytes(50).fill_(1)
+        assert abs(meter.peak_bytes - 50 * MIB) <= self.SLACK
+        del before
+
+    def test_what_is_never_written_to_counts_only_where_the_address_space_has_a_limit(self, monkeypatch):
+        peaks = []
+        for left in (1 << 40, None):
+            monkeypatch.setattr(peak, "address_space_left", lambda left=left: left)
+            with ResidentMeter() as meter:
+                empty = mebibytes(4096)  # more than the process has had so far
+            peaks.append(meter.peak_bytes)
+            del empty
+        assert peaks[0] >= 1024 * MIB
+        assert peaks[1] <= self.SLACK
+
+
+def test_operations_are_recorded_again_after_it():
+    with PeakMeter(CPU):
+        pass
+    with profile() as profiler:
+        mebibytes(1).fill_(1)
+    assert any(event.key == "aten::fill_" for event in profiler.key_averages())

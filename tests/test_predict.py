@@ -123,3 +123,52 @@ def test_out_of_memory_below_the_budget_backs_off():
     found = search.run(trial_of(lambda b: 5000 + 100 * b, 4000, real=100_000))
     assert found is not None
     assert 0.8 * 950 <= found <= 950
+
+
+@pytest.mark.parametrize("left_behind", [0.03, 0.2, 0.5])
+def test_what_is_found_still_runs_after_memory_has_run_out(left_behind):
+    """Steps that failed for lack of memory left some of it in use, and a batch that ran before them failed in `fit`."""
+    left = {"bytes": 100_000.0}
+
+    def peak(batch_size: int) -> float:
+        return 5000 + 100 * batch_size + (0.002 * batch_size**2 if batch_size > 400 else 0)
+
+    def measure(batch_size: int) -> Trial:
+        if peak(batch_size) > left["bytes"]:
+            left["bytes"] = 100_000 * (1 - left_behind)
+            return Trial(batch_size, 0, 4000, out_of_memory=True)
+        return Trial(batch_size, round(peak(batch_size)), 4000)
+
+    search = BatchSearch(110_000)
+    found = search.run(measure)
+    assert any(trial.out_of_memory for trial in search.trials)
+    assert found is not None
+    assert peak(found) <= left["bytes"]
+    assert not search.trials[-1].out_of_memory
+
+
+# Residual blocks at 4 bits on a CPU: temporaries stop growing at 256 samples, and then another moment is the peak.
+BENT = (
+    (8, 1.527),
+    (64, 4.224),
+    (200, 11.521),
+    (256, 14.525),
+    (300, 16.108),
+    (400, 19.706),
+    (736, 32.932),
+    (2048, 90.228),
+)
+
+
+def test_a_bend_is_taken_into_account_before_the_last_trial():
+    def peak(batch_size: int) -> float:
+        index = max(1, sum(size < batch_size for size, _ in BENT[:-1]))
+        (first, low), (second, high) = BENT[index - 1 : index + 1]
+        return MIB * (low + (high - low) * (batch_size - first) / (second - first))
+
+    for budget in range(10, 85, 3):
+        search = BatchSearch(budget * MIB)
+        found = search.run(trial_of(peak, 0.77 * MIB, real=0.99 * budget * MIB))
+        assert len(search.trials) <= 4
+        assert found is not None
+        assert found >= 0.95 * true_largest(peak, int(0.99 * budget * MIB))

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore
 from ..engine import ActMemEngine
 from ..errors import ActMemError, ActMemWarning
 from ..memory import available_bytes, held_bytes, human_bytes
-from ..predict import BatchSearch, Trial
+from ..predict import BatchSearch
 from ..units import parse_bytes
 from .callback import ActMem
 from .trials import BatchTrials
@@ -92,16 +92,11 @@ class ActMemBatchSizeFinder(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info("ActMemBatchSizeFinder: fast_dev_run is on, the batch size stays as it is.")
             return
-        with BatchTrials(trainer, self._name, engine_of(trainer)) as trials:
+        # Without a budget memory itself is the limit, and what the profiler takes would count.
+        is_real = self._budget is None
+        with BatchTrials(trainer, self._name, engine_of(trainer), resident=is_real) as trials:
             search = self.search = self._new_search(trainer, trials)
-            # Without a budget memory itself is the judge on the CPU, and the profiler stays out of the verdict.
-            judged = self._budget is None and trials.device.type == "cpu"
-
-            def measure(batch_size: int) -> Trial:
-                line = search.line if judged else None
-                return trials.run(batch_size, None if line is None else line.peak_bytes(batch_size))
-
-            found = search.run(measure)
+            found = search.run(trials.run)
         self._conclude(trials, found)
 
     def _new_search(self, trainer: Trainer, trials: BatchTrials) -> BatchSearch:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from ..engine import ActMemEngine
 from ..errors import ActMemError
 from ..memory import collect, free_failed, held_bytes, is_out_of_memory
-from ..peak import PeakMeter
+from ..peak import PeakMeter, ResidentMeter
 from ..predict import Trial
 from .kept import (
     forget_data,
@@ -51,6 +51,8 @@ class BatchTrials:
         trainer: A trainer whose ``fit`` has reached ``on_fit_start``.
         batch_arg_name: Name of the batch size's attribute on model, its ``hparams`` or the datamodule.
         engine: What compresses, to tell the bytes stored; ``None`` for plain training.
+        resident: Whether the peak is that of the process's resident memory, on a CPU that tells it, instead of the
+            tensors' alone: where memory itself will be the limit.
 
     Attributes:
         device: Where the steps run.
@@ -61,7 +63,11 @@ class BatchTrials:
     """
 
     def __init__(
-        self, trainer: Trainer, batch_arg_name: str = "batch_size", engine: ActMemEngine | None = None
+        self,
+        trainer: Trainer,
+        batch_arg_name: str = "batch_size",
+        engine: ActMemEngine | None = None,
+        resident: bool = False,
     ) -> None:
         self._trainer = trainer
         self._model: LightningModule = trainer.lightning_module
@@ -73,6 +79,7 @@ class BatchTrials:
         self._warm = 0
         self.error: BaseException | None = None
         self.device: torch.device = trainer.strategy.root_device
+        self._resident = resident and self.device.type == "cpu" and ResidentMeter.is_supported()
 
     def __enter__(self) -> BatchTrials:
         with ExitStack() as stack:
@@ -108,13 +115,11 @@ class BatchTrials:
         lengths = [len(loader.sampler) for loader in self._loaders() if not isinstance(loader.dataset, IterableDataset)]
         return min(lengths, default=None)
 
-    def run(self, batch_size: int, expected_bytes: int | None = None) -> Trial:
+    def run(self, batch_size: int) -> Trial:
         """Train some steps with a batch size.
 
         Args:
             batch_size: Samples per step.
-            expected_bytes: The peak, where it need not be measured: on the CPU the profiler's own memory is part of
-                what a process is allowed.
 
         Returns:
             What it took; the largest over all processes.
@@ -129,18 +134,22 @@ class BatchTrials:
         self.error = None
         if self._warm < _WARM_TRIALS:
             self._attempt(batch_size, nullcontext())
-            self._warm += 1
+            # Below `min_elements` nothing is packed, and what packing makes once is still to come.
+            self._warm += 1 if self._packs() else 0
         self._forget_gradients()
         collect()
         self._sizes.clear()
         held = held_bytes(self._model, self._trainer.optimizers) + self._bucket_bytes()
-        meter = PeakMeter(self.device, held)
-        self._attempt(batch_size, nullcontext() if expected_bytes else meter)
+        meter = ResidentMeter(held) if self._resident else PeakMeter(self.device, held)
+        self._attempt(batch_size, meter)
         out_of_memory = self._failed
         resting = held_bytes(self._model, self._trainer.optimizers) + self._bucket_bytes()
         self._forget_gradients()
-        peak = 0 if out_of_memory else expected_bytes or meter.peak_bytes
-        stored = None if self._engine is None or out_of_memory else self._engine.ledger.peak_saved_bytes
+        peak = 0 if out_of_memory else meter.peak_bytes
+        limit = self.limit()
+        # The last step may have had what is left over at the end of an epoch.
+        is_whole = limit is None or limit >= _STEPS * batch_size or limit == batch_size
+        stored = self._engine.ledger.peak_saved_bytes if self._engine and is_whole and not out_of_memory else None
         return self._agreed(Trial(batch_size, peak, resting, stored, out_of_memory, self._short_of(batch_size)))
 
     def _attempt(self, batch_size: int, context: AbstractContextManager[Any]) -> None:
@@ -247,6 +256,11 @@ class BatchTrials:
         """Keep processes from waiting in backward for one that has run out of memory."""
         model = self._trainer.strategy.model
         return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
+
+    def _packs(self) -> bool:
+        """Whether the last steps have been what training is: plain, or with something packed."""
+        ledger = None if self._engine is None else self._engine.ledger
+        return ledger is None or ledger.peak_saved_bytes < ledger.peak_raw_bytes
 
     def _short_of(self, batch_size: int) -> int | None:
         """The largest number of samples in a step, if the data had fewer than asked for."""

@@ -1,6 +1,6 @@
 """A process with little memory: finds a batch size under an address-space limit, trains with it, and tells how it went.
 
-Run as ``python -m tests.integration.limited_memory finder way``; prints one line of JSON.
+Run as ``python -m tests.integration.limited_memory finder way folder model``; prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_actmem import ActMem, ActMemBatchSizeFinder, ActMemStrategy
+from lightning_actmem.memory import collect
 from lightning_actmem_kernels.reference import compiled
 from tests.integration.support import hooks_active, new_trainer
 from tests.models import MlpBlock
 
-EXTRA_BYTES = 40 * 2**20
+EXTRA_BYTES = 60 * 2**20
 # Binsearch goes to the edge, to the last sample: a run has a little beside its trials, such as results for loggers.
 SLACK_BYTES = 3 * 2**20
-SAMPLES, TOKENS, WIDTH, BLOCKS, CLASSES = 4096, 16, 32, 12, 4
+SAMPLES, CLASSES = 2048, 4
 STEPS = 20
 MAX_BATCH = 8192  # Lightning's own limit
 
@@ -38,18 +39,14 @@ WAYS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-class ResidualMlp(LightningModule):
+class Limited(LightningModule):
     """Little weight and much activation: one sample is small, so that batches differ by little."""
 
-    def __init__(self, batch_size: int = 64) -> None:
+    def __init__(self, inputs: Tensor, net: nn.Module) -> None:
         super().__init__()
-        self.batch_size = batch_size
-        self.net = nn.Sequential(*(MlpBlock(WIDTH) for _ in range(BLOCKS)), nn.Linear(WIDTH, CLASSES))
-        generator = torch.Generator().manual_seed(3)
-        self.data = TensorDataset(
-            torch.randn(SAMPLES, TOKENS, WIDTH, generator=generator),
-            torch.randint(CLASSES, (SAMPLES,), generator=generator),
-        )
+        self.batch_size = 64
+        self.net = net
+        self.data = TensorDataset(inputs, torch.randint(CLASSES, (len(inputs),)))
         self.sizes: list[int] = []
         self.compressed: list[bool] = []
 
@@ -57,7 +54,7 @@ class ResidualMlp(LightningModule):
         x, y = batch
         self.sizes.append(len(x))
         self.compressed.append(hooks_active())
-        return nn.functional.cross_entropy(self.net(x).mean(1), y)
+        return nn.functional.cross_entropy(self.net(x), y)
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9)
@@ -66,15 +63,79 @@ class ResidualMlp(LightningModule):
         return DataLoader(self.data, batch_size=self.batch_size)
 
 
+class Mean(nn.Module):
+    """The mean over the tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+class Attention(nn.Module):
+    """Residual self-attention with the norm before it."""
+
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.causal = causal
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return x + self.project(attended.transpose(1, 2).flatten(2))
+
+
+def residual_mlp() -> Limited:
+    width = 32
+    blocks = (MlpBlock(width) for _ in range(12))
+    return Limited(torch.randn(SAMPLES, 32, width), nn.Sequential(*blocks, nn.Linear(width, CLASSES), Mean()))
+
+
+def transformer(causal: bool, inputs: Tensor, embed: nn.Module) -> Limited:
+    width = 32
+    blocks = [part for _ in range(4) for part in (Attention(width, 4, causal), MlpBlock(width))]
+    return Limited(inputs, nn.Sequential(embed, *blocks, nn.LayerNorm(width), nn.Linear(width, CLASSES), Mean()))
+
+
+def gpt() -> Limited:
+    return transformer(True, torch.randint(64, (SAMPLES, 32)), nn.Embedding(64, 32))
+
+
+def vit() -> Limited:
+    """Patches of 4 x 4 pixels, taken apart beforehand: a convolution without oneDNN leaves fragments behind."""
+    return transformer(False, torch.randn(SAMPLES, 16, 48), nn.Sequential(nn.Linear(48, 32), nn.Dropout(0.1)))
+
+
+MODELS: dict[str, Callable[[], Limited]] = {"mlp": residual_mlp, "gpt": gpt, "vit": vit}
+
+
 def trainer(way: str, *finders: Callback) -> Trainer:
     arguments = WAYS[way]()
     arguments["callbacks"] = [*arguments.get("callbacks", []), *finders]
     return new_trainer(**arguments, max_steps=STEPS, default_root_dir=sys.argv[3])
 
 
+def address_space() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+def used_up_heap() -> list[Tensor]:
+    """Take the free blocks of the heap, which imports and a first run have left: no limit is about them."""
+    taken = []
+    for size in (1 << power for power in range(24, 11, -1)):
+        while True:
+            before = address_space()
+            block = torch.empty(size, dtype=torch.uint8)
+            if address_space() > before:
+                break
+            taken.append(block)
+    return taken
+
+
 def limit_address_space(extra_bytes: int) -> None:
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + extra_bytes
+    limit = address_space() + extra_bytes
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 
 
@@ -96,13 +157,16 @@ def finder_of(name: str) -> Any:
 def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     # Lightning's finder does not take oneDNN's "could not create a primitive" for what it is.
     torch.backends.mkldnn.set_flags(False)
     compiled.AFTER_ELEMENTS = 1 << 62  # a compiler at work in this process would take more memory than the model
-    finder, way = finder_of(sys.argv[1]), sys.argv[2]
+    finder, way, build = finder_of(sys.argv[1]), sys.argv[2], MODELS[sys.argv[4]]
     # Code that is loaded at its first use would count as memory of the model.
-    trainer(way, ActMemBatchSizeFinder("1GiB", max_batch_size=64)).fit(ResidualMlp())
-    model = ResidualMlp()
+    trainer(way, ActMemBatchSizeFinder("1GiB", max_batch_size=64)).fit(build())
+    model = build()
+    collect()
+    heap = used_up_heap()
     limit_address_space(EXTRA_BYTES)
     run = trainer(way, finder, Slack())
     run.fit(model)
@@ -112,6 +176,9 @@ def main() -> None:
         "largest_of_last_steps": max(model.sizes[-STEPS:]),
         "compressed": all(model.compressed),
         "sizes": sorted(set(model.sizes)),
+        "trials": len(finder.search.trials) if isinstance(finder, ActMemBatchSizeFinder) else None,
+        "did": finder.search.explain() if isinstance(finder, ActMemBatchSizeFinder) else None,
+        "heap_bytes": sum(block.nbytes for block in heap),
     }
     print(json.dumps(told))
 
