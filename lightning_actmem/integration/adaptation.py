@@ -24,6 +24,9 @@ MAX_CHECKS = 3
 # A batch may be an exception (the step skips it, its gradient overflows): then the next one is asked.
 MAX_TRIES = 3
 CHECK_FACTOR = 1.2  # a measurement of the noise scatters by about as much
+# Batches after an adaptation at which its plan is checked again: on a transformer the noise of one plan grew by half
+# within 90 batches. Few enough that they take about half a percent of 1,000 steps.
+LATER_CHECKS = (16, 64, 256, 1024, 4096)
 GUARD_FACTOR = 1.5
 
 
@@ -31,8 +34,8 @@ class Adaptation:
     """Measures on parts of a training batch and sets the plan: once an epoch or every so many batches.
 
     The first time comes after `FIRST_BATCH` batches, or at the second epoch if that is earlier; a batch that cannot be
-    measured leaves it to the next, `MAX_TRIES` in all. Where the noise has a
-    limit, a new plan is checked at the next batch, with few passes: if it makes more noise than it was held to, bits
+    measured leaves it to the next, `MAX_TRIES` in all. Where the noise has a limit, a new plan is checked at the next
+    batch, with few passes, and now and then after it (`LATER_CHECKS`): if it makes more noise than it was held to, bits
     go up at once. Under several processes each measures on its own batch, what they have measured is joined, and all
     take rank zero's plan.
     """
@@ -71,7 +74,8 @@ class Adaptation:
         number = self._batches
         self._batches += 1
         is_due = self._is_due(number, trainer.current_epoch, engine.config.adapt_every)
-        if not is_due and not self._checks:
+        is_later = engine.config.noise is not None and number - (self._last_batch or 0) in LATER_CHECKS
+        if not is_due and not self._checks and not is_later:
             return None
         reason = measure(trainer, engine, batch, batch_idx, MAX_PASSES if is_due else CHECK_PASSES)
         if reason:
@@ -80,9 +84,10 @@ class Adaptation:
         self._failures = 0
         if is_due:
             self._last_batch, self._last_epoch = number, trainer.current_epoch
-        record = self._record(trainer, engine, engine.adapter, is_check=not is_due)
+        factor = 0.0 if is_due else CHECK_FACTOR if self._checks else 1.0
+        record = self._record(trainer, engine, engine.adapter, factor)
         has_limit = engine.config.noise is not None and bool(record.changes)
-        self._checks = (MAX_CHECKS if is_due else self._checks - 1) if has_limit else 0
+        self._checks = (self._checks - 1 if self._checks and not is_due else MAX_CHECKS) if has_limit else 0
         return record
 
     def state_dict(self) -> dict[str, Any]:
@@ -116,7 +121,7 @@ class Adaptation:
     def _fail(self, trainer: Trainer, number: int, is_due: bool, reason: str) -> None:
         """Try again with the next batch, unless several have failed in a row."""
         if not is_due:
-            self._checks -= 1  # the next batch checks as well
+            self._checks = max(self._checks - 1, 0)  # the next batch checks as well
             return
         self._checks = 0
         self._failures += 1
@@ -124,12 +129,19 @@ class Adaptation:
             self._last_batch, self._last_epoch = number, trainer.current_epoch
             self._warn_once(reason)
 
-    def _record(self, trainer: Trainer, engine: ActMemEngine, adapter: Adapter, is_check: bool) -> Record:
-        """Set the plan by what has been measured, and note both."""
+    def _record(self, trainer: Trainer, engine: ActMemEngine, adapter: Adapter, factor: float) -> Record:
+        """Set the plan by what has been measured, and note both.
+
+        Args:
+            trainer: The trainer.
+            engine: Whose plan adapts.
+            adapter: What has measured.
+            factor: How many times the noise that is allowed a check lets pass; 0 for an adaptation.
+        """
         can_tell = engine.config.method == "actmem" and _knows_most(engine, adapter)
         noise, limit = adapter.measured_noise or 0.0, engine.config.noise
         changes: list[Change] = []
-        if not is_check or (limit is not None and noise > CHECK_FACTOR * limit):
+        if not factor or (limit is not None and noise > factor * limit):
             adapter.capped = self.capped
             changes = adapter.allocate()
         record = Record(
@@ -139,7 +151,7 @@ class Adaptation:
             predicted_noise=adapter.expected_noise or 0.0,
             planned_noise=adapter.predicted_noise or 0.0,
             bits=layer_bits(adapter.sizes.uses, engine.plan),
-            is_check=is_check,
+            is_check=factor > 0,
             changes=tuple(map(str, changes)),
         )
         if trainer.world_size > 1:

@@ -66,6 +66,19 @@ def test_checks_come_to_an_end(monkeypatch):
     assert [record.is_check for record in actmem.adaptation.history] == [False, *[True] * MAX_CHECKS]
 
 
+def test_a_plan_is_checked_again_later_and_then_nothing_is_left_to_chance(monkeypatch):
+    """Noise grows in the course of a training: what was chance in the first check is not in a later one."""
+    exaggerate(monkeypatch, 1.1, count=2)
+    _, actmem = run(batches=30, epochs=1)
+    first, check, later, last = actmem.adaptation.history
+    assert [record.step for record in (first, check, later, last)] == [10, 11, 26, 27]
+    assert all(record.is_check for record in (check, later, last))
+    assert check.changes == ()
+    assert later.planned_noise < first.planned_noise
+    assert sum(later.bits.values()) > sum(first.bits.values()) == sum(check.bits.values())
+    assert last.bits == later.bits
+
+
 @pytest.mark.filterwarnings("ignore:ActMem. budget='1000' asks for at most")
 def test_a_budget_needs_no_check():
     _, actmem = run(batches=20, epochs=1, actmem=ActMem(budget="1000", **PACK_ALL))
