@@ -174,7 +174,7 @@ def text(path: Path) -> Work:
 
 
 def cifar(folder: Path) -> Work:
-    """A ResNet on the first fifth of CIFAR-10's training images, mirrored at random."""
+    """A ResNet on the first of CIFAR-10's five files of training images, mirrored at random."""
     images, labels = _images(folder / "data_batch_1")
     test_images, test_labels = (part[:VALIDATION_IMAGES] for part in _images(folder / "test_batch"))
 
