@@ -204,7 +204,10 @@ def _copied_argument(call: Call, tensor: Tensor) -> tuple[Tensor, Geometry] | No
     if not tensor.is_contiguous():
         return None
     is_layer = call.operation.name == "linear"  # flattens its input, and never copies its weight
-    inputs = list(call.inputs())[:1] if is_layer else call.inputs()
+    inputs = call.inputs()
+    if is_layer:
+        x = call.arguments[0] if call.arguments else call.keywords.get("input")
+        inputs = [(argument, geometry) for argument, geometry in inputs if argument is x]
     if not is_layer and len({argument.shape[:-2] for argument, _ in inputs}) > 1:
         return None  # a broadcast argument: the copy is of an expansion
     ending = -1 if is_layer else -2

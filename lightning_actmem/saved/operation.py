@@ -23,8 +23,9 @@ LINEAR = frozenset(
 MATMUL = frozenset(
     "matmul mm bmm mv addmm addmv addbmm baddbmm addr outer einsum tensordot dot inner chain_matmul".split()
 )
-#: May save contiguous copies of their arguments instead of these.
-COPYING = MATMUL | frozenset(["linear"])
+#: May save contiguous copies of their arguments instead of these, with the elements in the order of their indices. What
+#: einsum and tensordot copy they have permuted.
+COPYING = frozenset("linear matmul mm bmm baddbmm addmm addbmm".split())
 RELU = frozenset(["relu"])
 ACTIVATIONS = frozenset(
     "gelu silu mish softplus tanh sigmoid elu selu celu hardswish log_sigmoid glu softsign tanhshrink".split()

@@ -93,3 +93,38 @@ def test_a_computed_weight_of_the_inputs_size_is_not_taken_for_it(weight_like_in
         loss = run()
     for ours, theirs in zip(torch.autograd.grad(loss, [x, base]), plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [7, 8])
+def test_what_einsum_copies_is_permuted(tokens: int) -> None:
+    """With as many tokens as heads the copy of the values has the shape of the values, and another order."""
+    heads, width = 8, 32
+    x = torch.randn(4, tokens, heads * width)
+    weight = torch.randn(heads * width, heads * width).div_(16).requires_grad_()
+
+    def run() -> Tensor:
+        values = F.layer_norm(F.linear(x, weight), (heads * width,)).view(4, tokens, heads, width)
+        scores = torch.einsum("bihd,bjhd->bhij", values.tanh(), values).mul(0.1 / width).softmax(-1)
+        return torch.einsum("bhij,bjhd->bihd", scores, values).square().mean()
+
+    (plain,) = torch.autograd.grad(run(), [weight])
+    for settings, error in (({"bits": 32, "derive": True}, 1e-5), ({"bits": 8}, 0.1)):
+        with ActMemEngine(min_elements=0, **settings).compress(inputs=[x]):
+            loss = run()
+        (found,) = torch.autograd.grad(loss, [weight])
+        assert float((found - plain).norm() / plain.norm()) < error
+
+
+def test_keywords_may_come_in_any_order() -> None:
+    x, weight = torch.randn(64, 64), torch.randn(64, 64, requires_grad=True)
+    first = torch.randn(64, 64, requires_grad=True)
+
+    def run() -> Tensor:
+        hidden = F.linear(x, first).view(8, 8, 64).transpose(0, 1)
+        return F.linear(weight=weight, input=hidden, bias=None).square().mean()
+
+    plain = torch.autograd.grad(run(), [first, weight])
+    with ActMemEngine(bits=32, derive=True, min_elements=0).compress():
+        loss = run()
+    for ours, theirs in zip(torch.autograd.grad(loss, [first, weight]), plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
