@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 
 from .scope import modules_of
 
@@ -27,6 +27,9 @@ class Borrowed:
     def __init__(self, module: nn.Module | None = None, inputs: Any = None) -> None:
         self.knows_inputs = inputs is not None
         self._owners: dict[int, str] = {}
+        # Of what may die within the step: else its identity would be that of the next tensor there.
+        self._weak: list[Any] = []
+        self._free_weak_ref: Any = UntypedStorage._free_weak_ref  # at exit the class may go first
         #: ``"weight"``, ``"buffer"``, ``"input"`` or ``None`` for the identity of a storage.
         self.owner = self._owners.get
         for tensor in tensors_in(inputs):
@@ -60,6 +63,12 @@ class Borrowed:
             return
         if storage.nbytes():
             self._owners[storage._cdata] = owner
+            if owner != "weight":
+                self._weak.append(storage._weak_ref())
+
+    def __del__(self) -> None:
+        for weak in self._weak:
+            self._free_weak_ref(weak)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

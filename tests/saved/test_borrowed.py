@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict, UserDict, namedtuple
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -71,3 +72,14 @@ def test_owners() -> None:
     assert not borrowed.owns(A)
     assert not borrowed.owns(sparse)
     assert not Borrowed(model).knows_inputs
+
+
+def test_a_batch_that_dies_within_the_step_does_not_lend_its_identity() -> None:
+    batch = {"x": torch.randn(64, 64)}
+    identity = batch["x"].untyped_storage()._cdata
+    borrowed = Borrowed(None, batch)
+    memory = ref(batch.pop("x"))
+    assert memory() is None
+    later = [torch.empty(64, 64) for _ in range(200)]
+    assert all(tensor.untyped_storage()._cdata != identity for tensor in later)
+    assert not any(borrowed.owner(tensor.untyped_storage()._cdata) for tensor in later)
