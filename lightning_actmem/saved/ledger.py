@@ -158,7 +158,10 @@ class Ledger:
             self.whereabouts.settle()
         saved_bytes = raw_bytes = waiting_bytes = 0
         for _ in range(len(self._released)):  # as many as there are: others may follow from other threads
-            released = self._released.popleft()
+            try:
+                released = self._released.popleft()
+            except IndexError:  # another thread settles too
+                break
             if isinstance(released, int):
                 saved_bytes += released
                 raw_bytes += released

@@ -52,7 +52,10 @@ class Whereabouts:
     def settle(self) -> None:
         """Bring the live figures up to date with what has died."""
         while self._released:
-            moved_bytes, buffer_bytes, host_bytes = self._released.popleft()
+            try:
+                moved_bytes, buffer_bytes, host_bytes = self._released.popleft()
+            except IndexError:  # another thread settles too
+                break
             self.live_moved_bytes -= moved_bytes
             self.live_buffer_bytes -= buffer_bytes
             self.live_host_bytes -= host_bytes
