@@ -26,10 +26,11 @@ def regrouped(segments: Iterable[Tensor], measured: CodecSpec, wanted: Sequence[
         wanted: Codecs, of which those are considered that differ from it in nothing but the size of the groups.
 
     Returns:
-        For each of these: its variance over that of ``measured``, a scalar on the device.
+        For each of these: its variance over that of ``measured``, a scalar on the device. Nothing where no segment is
+        left: what the loss does not need dies with the forward pass, and no size makes a difference.
     """
     others = [spec for spec in wanted if spec != measured and replace(spec, group_size=measured.group_size) == measured]
-    if measured.codec != "rotated" or not others:
+    if measured.codec != "rotated" or not others or not segments:
         return {}
     found = [torch.stack([_energy(segment.float(), spec) for spec in (measured, *others)]) for segment in segments]
     base, *energies = torch.stack(found).sum(0).unbind()

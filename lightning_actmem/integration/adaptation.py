@@ -74,7 +74,8 @@ class Adaptation:
         number = self._batches
         self._batches += 1
         is_due = self._is_due(number, trainer.current_epoch, engine.config.adapt_every)
-        is_later = engine.config.noise is not None and number - (self._last_batch or 0) in LATER_CHECKS
+        has_plan = bool(self.history) and not self._failures
+        is_later = has_plan and engine.config.noise is not None and number - (self._last_batch or 0) in LATER_CHECKS
         if not is_due and not self._checks and not is_later:
             return None
         reason = measure(trainer, engine, batch, batch_idx, MAX_PASSES if is_due else CHECK_PASSES)

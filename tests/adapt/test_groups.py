@@ -49,6 +49,11 @@ def test_only_the_size_of_rotated_groups_may_differ() -> None:
     assert regrouped([x], CodecSpec("uniform", 2), others) == {}
 
 
+def test_a_site_whose_tensors_have_died_has_nothing_to_compare() -> None:
+    spec = CodecSpec("rotated", 2)
+    assert regrouped([], spec, [spec, replace(spec, group_size=1024)]) == {}
+
+
 def test_a_tensor_without_energy_has_no_more_in_larger_groups() -> None:
     spec = CodecSpec("rotated", 2, centre=True)
     assert [
