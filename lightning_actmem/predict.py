@@ -157,7 +157,8 @@ class BatchSearch:
                 trial = replace(trial, batch_size=trial.samples)
             self.trials.append(trial)
             following = self.next()
-            if following is None and (self.best is None or self._is_certain(self.best)):
+            is_over = self.best is None or self._is_certain(self.best) or len(self.trials) > 2 * self.max_trials
+            if following is None and is_over:
                 return self.best
             batch_size = following or self.best or 1
 
@@ -187,9 +188,13 @@ class BatchSearch:
         if len(exhausted) > 1:
             return (last.batch_size + exhausted[0]) // 2
         safe = Line.safe(last).largest(self.budget_bytes)
+        if len(fit) == 1 and self.failed is not None:
+            between = (last.batch_size + self.failed) // 2
+            # The line ends above the budget where the batch that failed was measured, and else there is none.
+            return between if self.line is None else self.line.largest(self._aim(fit)) or between
         if len(fit) == 1:
             expected = last.batch_size if safe is None else safe
-            return expected if self.failed is not None else max(2 * last.batch_size, int(_SAFE_SHARE * expected))
+            return max(2 * last.batch_size, int(_SAFE_SHARE * expected))
         budget = self._aim(fit)
         secant = self.line.largest(budget) if self.line else None
         if secant is None:  # flat: the optimizer's step takes more than these batches

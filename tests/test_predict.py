@@ -78,6 +78,48 @@ def test_four_trials_are_enough_where_the_budget_is_what_there_is(model, budget)
     assert peak(found) <= budget
 
 
+@pytest.mark.parametrize("runs_out", [False, True])
+@pytest.mark.parametrize("dearer", [1.1, 1.3, 1.5, 2])
+def test_samples_that_take_more_in_larger_batches(dearer, runs_out):
+    """Padding to the longest sample: the second trial is above the budget, measured or out of memory."""
+    budget, resting = 200 * MIB, 10 * MIB
+
+    def peak(batch_size: int) -> float:
+        return resting + 100_000 * batch_size * (1 + (dearer - 1) * min(1, (batch_size - 8) / 100))
+
+    search = BatchSearch(budget)
+    found = search.run(trial_of(peak, resting, budget if runs_out else None))
+    assert len(search.trials) <= 4
+    assert found is not None
+    assert 0.95 * true_largest(peak, budget) <= found <= true_largest(peak, budget)
+
+
+def test_a_first_trial_that_was_measured_too_low():
+    def peak(batch_size: int) -> float:
+        return 10_000_000 + 100_000 * batch_size - (500_000 if batch_size == 8 else 0)
+
+    search = BatchSearch(200_000_000)
+    assert search.run(trial_of(peak, 10_000_000)) in range(1850, 1901)
+    assert len(search.trials) <= 4
+
+
+def test_data_that_gives_fewer_samples_each_time_comes_to_an_end():
+    given = iter(range(1000, 0, -1))
+    calls = []
+
+    def measure(batch_size: int) -> Trial:
+        samples = min(batch_size, next(given))
+        calls.append(samples)
+        out_of_memory = batch_size > 900
+        return Trial(
+            batch_size, 0 if out_of_memory else 1000 * samples, 100, None, out_of_memory, samples - len(calls) % 3
+        )
+
+    search = BatchSearch(2_000_000)
+    search.run(measure)
+    assert len(search.trials) <= 2 * search.max_trials + 1
+
+
 def test_a_line_says_what_is_fixed_and_what_grows():
     search = BatchSearch(1000 * 100)
     assert search.run(trial_of(lambda b: 5000 + 100 * b, 4000)) in range(931, 951)
