@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 
-from ..config import ConfigLike, given_settings
+from ..config import LOSSLESS_BITS, ActMemConfig, ConfigLike, given_settings
 from ..saved.ledger import BORROWED
 from ..units import parse_bytes
 from .callback import ActMem
@@ -19,7 +19,7 @@ PLAIN = "plain"
 CHECKPOINT = "checkpoint"
 _MAX_NAMES = 8
 #: Settings by which bits adapt: the rows of `plan` say themselves what holds.
-_ADAPTING = frozenset(("adapt", "noise", "budget"))
+_ADAPTING = frozenset(("adapt", "noise", "budget", "adapt_every", "method"))
 
 
 def plan(
@@ -51,7 +51,7 @@ def plan(
         batch_size: The batch to predict for; ``None``: the one that is set.
         budget: Memory to fill: bytes or a text such as ``"80GiB"`` or ``"1000000"``; ``None``: no largest batch
             is predicted.
-        config: Other settings of `ActMemConfig`; its ``adapt``, ``noise`` and ``budget`` are left out.
+        config: Other settings of `ActMemConfig`; those by which bits adapt are left out.
         checkpointed: Patterns of submodules (``"blocks.*"``) for the row with ``torch.utils.checkpoint`` around each;
             ``None``: the model's repeated blocks, as `repeated_blocks` finds them; empty: no such row.
         trace: The two small batch sizes.
@@ -75,8 +75,10 @@ def plan(
     settings = {**given, "summary": False, "offload": False}
     budget_bytes = None if budget is None else parse_bytes(budget)
     cases = {f"{width} bits": ActMem({**settings, "bits": width}) for width in bits}
-    if noise is not None:
-        cases[f"noise={noise:g}"] = ActMem({**settings, "noise": noise})
+    if noise is not None and settings.get("codec") != "identity":
+        cases[f"noise={noise:g}"] = ActMem(
+            {**settings, "noise": noise, "bits": _first_bits(settings.get("bits"), bits)}
+        )
     blocks = repeated_blocks(model) if checkpointed is None else matching(model, checkpointed) if checkpointed else None
     tracer = Tracer(model, datamodule, trace, batch_arg_name, accelerator)
     traced = {PLAIN: tracer.trace(), **{name: tracer.trace(actmem) for name, actmem in cases.items()}}
@@ -91,6 +93,17 @@ def plan(
     methods = [_method(name, found, target, budget_bytes) for name, found in known.items()]
     return MemoryPlan(
         target, budget_bytes, (trace[0], trace[1]), tuple(methods), tuple(_layers(known, target)), tuple(notes)
+    )
+
+
+def _first_bits(given: int | None, bits: Sequence[int]) -> int:
+    """Return the bits that a row with bits that adapt begins with: the given ones, or about the default."""
+    default = ActMemConfig().bits
+    lossy = [width for width in bits if width != LOSSLESS_BITS]
+    return (
+        given
+        if given not in (None, LOSSLESS_BITS)
+        else min(lossy, key=lambda width: abs(width - default), default=default)
     )
 
 

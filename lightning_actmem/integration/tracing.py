@@ -132,6 +132,7 @@ class _Probe(Callback):
                 if limit is None or limit < 2 * self._trace[1]:
                     del batches[1:]  # of what is left at the end of an epoch
                 noise, reason = _chosen_bits(trainer, self._engine, self._engine.adapter, batches)
+                batches.clear()  # they would be part of the peak
             for batch_size in self._trace:
                 found.append(self._run(trials, batch_size))
                 if self._engine is not None:

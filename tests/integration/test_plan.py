@@ -119,6 +119,26 @@ def test_a_noise_that_cannot_be_measured_is_said():
     assert note in made.render()
 
 
+@pytest.mark.parametrize(
+    ("config", "bits", "names"),
+    [
+        ({"codec": "fp8_e4m3"}, (8,), ["plain", "8 bits", "noise=0.05"]),
+        ({"bits": 32}, (4,), ["plain", "4 bits", "noise=0.05"]),
+        ({"codec": "identity"}, (4,), ["plain", "4 bits"]),
+    ],
+)
+def test_settings_that_leave_bits_no_choice(config, bits, names):
+    made = plan(Mlp(depth=1), bits=bits, checkpointed=(), trace=(32, 64), config=config)
+    assert [method.name for method in made.methods] == names
+
+
+def test_a_row_by_bits_has_these_bits_whatever_method_a_run_would_adapt_by():
+    made = plan(Mlp(depth=1), bits=(4,), noise=None, checkpointed=(), trace=(32, 64), config={"method": "actnn"})
+    plain = plan(Mlp(depth=1), bits=(4,), noise=None, checkpointed=(), trace=(32, 64))
+    assert made.method("4 bits").stored_bytes == plain.method("4 bits").stored_bytes
+    assert made.notes == ()
+
+
 def test_repeated_blocks_are_checkpointed_without_being_named():
     made = plan(Mlp(), bits=(), noise=None)
     assert made.method("checkpoint").bytes_per_sample < made.method("plain").bytes_per_sample
