@@ -209,10 +209,10 @@ class BatchSearch:
             return self.budget_bytes
         doubt = _LEAST_DOUBT
         if len(fit) > 2:
-            # What the bend between the last two secants would add, if it went on to the budget.
+            # Twice what the bend between the last two secants would add, if it went on to the budget: it may turn.
             before = Line.through(*fit[-3:-1])
             bend = abs(line.bytes_per_sample - before.bytes_per_sample) / line.bytes_per_sample
-            doubt = min(max(doubt, bend * (1 - last.peak_bytes / self.budget_bytes)), _MOST_DOUBT)
+            doubt = min(max(doubt, 2 * bend * (1 - last.peak_bytes / self.budget_bytes)), _MOST_DOUBT)
         aim = line.fixed_bytes + (1 - doubt) * (self.budget_bytes - line.fixed_bytes)
         exhausted = self._exhausted()
         if exhausted:
