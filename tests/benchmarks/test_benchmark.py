@@ -65,7 +65,8 @@ def test_lossless_methods_give_the_gradients_of_plain_training(method: Method) -
 
 def test_peak_of_packed_is_below_plain_and_above_what_it_stores() -> None:
     work = workload("mlp", 256)
-    step(work, Method())
+    for method in (Method(), ActMem(bits=4)):  # the first packed step of a process computes tables
+        step(work, method)
     peaks = {method.bits: peak_bytes(work, method) for method in (Method(), ActMem(bits=4))}
     assert Method().stored(work).device_bytes <= peaks[None]
     assert ActMem(bits=4).stored(work).device_bytes <= peaks[4] < peaks[None]
