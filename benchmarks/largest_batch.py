@@ -17,7 +17,7 @@ from lightning_actmem.memory import held_bytes, tensor_bytes
 from lightning_actmem.units import parse_bytes
 
 from .convergence import append
-from .measure import peak_bytes, step
+from .measure import peak_bytes
 from .methods import ActMem, Checkpoint, Method, SaveOnCpu
 from .models import MODELS, Workload, workload
 from .results import environment
@@ -53,7 +53,7 @@ class Adapted(ActMem):
         """Measure on the two halves of a batch, and allocate, until nothing is left to measure."""
         adapter = self.engine.adapter
         assert adapter is not None
-        step(work, self)  # tells the sizes
+        self.step(work)  # tells the sizes
         halves = [
             Workload(work.model, work.blocks, inputs, targets, work.autocast)
             for inputs, targets in zip(work.inputs.chunk(PARTS), work.targets.chunk(PARTS), strict=True)
@@ -82,7 +82,7 @@ def training_bytes(name: str, batch: int, method: Method, device: str = "cpu") -
 def on_model(name: str, batch: int, method: Method, device: str) -> Workload:
     """Return a workload with its gradients there, and what the method makes once made."""
     work = workload(name, batch, device)
-    step(work, method)
+    method.step(work)
     return work
 
 

@@ -17,13 +17,6 @@ WARMUP_ROUNDS = 2
 Clock = Callable[[], float]
 
 
-def step(work: Workload, method: Method) -> None:
-    """Run forward and backward pass. Gradients add up, so that their memory is there from the first step on."""
-    with method.applied(work):
-        loss = work.loss()
-    loss.backward()
-
-
 def peak_bytes(work: Workload, method: Method) -> int:
     """Return the largest number of bytes allocated in a step above what is there before it.
 
@@ -40,7 +33,7 @@ def peak_bytes(work: Workload, method: Method) -> int:
     _synchronize(work)
     before = torch.cuda.memory_allocated() if work.device.type == "cuda" else 0
     with PeakMeter(work.device) as meter:
-        step(work, method)
+        method.step(work)
         _synchronize(work)
     return meter.peak_bytes - before
 
@@ -49,7 +42,7 @@ def step_seconds(work: Workload, method: Method, clock: Clock = time.perf_counte
     """Return the time of one step."""
     _synchronize(work)
     start = clock()
-    step(work, method)
+    method.step(work)
     _synchronize(work)
     return clock() - start
 

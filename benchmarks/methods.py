@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -16,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from lightning_actmem import ActMemEngine
 from lightning_actmem.saved.identify import is_weight
 from lightning_actmem.saved.ledger import BORROWED
+from lightning_actmem_kernels import CodecSpec, Layout, decode, encode
 
-from .models import Workload
+from .models import CHAIN_OPERATIONS, CLASSES, Workload
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,12 @@ class Method:
     def applied(self, work: Workload) -> AbstractContextManager[Any]:
         """Return the context around forward pass and loss."""
         return nullcontext()
+
+    def step(self, work: Workload) -> None:
+        """Run forward and backward pass. Gradients add up, so that their memory is there from the first step on."""
+        with self.applied(work):
+            loss = work.loss()
+        loss.backward()
 
     def stored(self, work: Workload) -> Stored:
         """Run a step and find out what it stores."""
@@ -89,6 +97,31 @@ class ActMem(Method):
 
     def note(self, work: Workload) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.fields.items())
+
+
+class CopyAlone(Method):
+    """What the codec that only copies does in a step of the chain, called by nobody's hooks: no training at all."""
+
+    name = "copy alone"
+    _spec = CodecSpec("identity")
+
+    def __init__(self) -> None:
+        self._tensors = [torch.randn(1, CLASSES) for _ in range(CHAIN_OPERATIONS)]
+
+    def step(self, work: Workload) -> None:
+        """Encode and decode a tensor for each operation."""
+        packed = []
+        for tensor in self._tensors:
+            layout = Layout.of(tensor)
+            assert layout is not None, "dense"
+            packed.append((layout, encode(layout.flatten(tensor), self._spec, key=0)))
+        while packed:
+            layout, payload = packed.pop()
+            layout.unflatten(decode(payload, self._spec, numel=layout.numel, dtype=torch.float32, key=0))
+
+    def stored(self, work: Workload) -> Stored:
+        """Return the bytes of the copies."""
+        return Stored(sum(tensor.nbytes for tensor in self._tensors))
 
 
 class Checkpoint(Method):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_actmem_kernels import CodecSpec
 
-from ..saved.handle import AnyPayload, DecodeCache
+from ..saved.payload import AnyPayload, DecodeCache
 from ..saved.store import Encode
 
 WIDTHS = (1, 2, 3, 4, 8)

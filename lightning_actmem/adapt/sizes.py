@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from lightning_actmem_kernels import Layout
 
-    from ..saved.handle import AnyPayload
     from ..saved.identify import Verdict
+    from ..saved.payload import AnyPayload
 
 
 class Sizes:

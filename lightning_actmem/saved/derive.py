@@ -14,7 +14,8 @@ from .batch_norm import batch_norm_recipe, given_to_batch_norm
 from .borrowed import Borrowed
 from .derived import Derived
 from .geometry import Geometry, is_plain
-from .handle import DecodeCache, Handle
+from .handle import Handle
+from .payload import DecodeCache
 from .recipe import Autocast, Recipe, Slot, Source, with_slots
 from .reduced import ONE_BIT
 from .share import SharedStorages, StoredStorage

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ActMemError
-from .handle import DERIVED_BITS, DecodeCache, Handle
+from .handle import Handle
 from .ledger import Charge
+from .payload import DERIVED_BITS, DecodeCache
 from .recipe import Recipe
 
 

@@ -12,10 +12,11 @@ from .borrowed import Borrowed
 from .deferred import Deferred
 from .derive import FROM_SAVED, SAVES_OUTPUT, Deriver
 from .geometry import REAL, Geometry
-from .handle import EXACT_BITS, Handle, PoolIndices, Stand
+from .handle import Handle, PoolIndices, Stand
 from .identify import Identifier, Verdict
 from .ledger import BORROWED
 from .operation import COPYING
+from .payload import EXACT_BITS
 from .scope import LayerScope
 from .share import StoredStorage
 from .store import IDENTITY, Store
@@ -99,7 +100,7 @@ class SavedTensorHooks:
         identity: int = storage._cdata
         call = self._tracker.call
         verdict = self._identifier.identify(tensor, identity, call, self._scope.stack[-1])
-        if verdict.is_kept and identity not in store.shared.noted:
+        if verdict.is_final and identity not in store.shared.noted:
             handle: Handle | Recast = store.put_first(tensor, storage, verdict)
         elif verdict.declared is not None:
             return store.put_declared(tensor, verdict, verdict.declared)
@@ -144,7 +145,7 @@ class SavedTensorHooks:
             handle = self._derive(tensor, entry, verdict) if derivable else None
             if handle is not None:
                 return handle
-        return self._store.put(tensor, entry, verdict)
+        return self._store.put(tensor, storage, verdict)
 
     def _derive(self, tensor: Tensor, entry: StoredStorage, verdict: Verdict) -> Handle | None:
         if self._deriver is None:
@@ -164,9 +165,9 @@ class SavedTensorHooks:
         return handle
 
     def _copy(self, tensor: Tensor) -> Handle:
-        entry = self._store.shared[tensor.untyped_storage()]
-        handle = entry.find(Geometry.of(tensor), EXACT_BITS, by_value=True)
-        return handle or self._store.put(tensor, entry, Verdict(self._tracker.name(), "source", "copy", IDENTITY))
+        storage = tensor.untyped_storage()
+        handle = self._store.shared[storage].find(Geometry.of(tensor), EXACT_BITS, by_value=True)
+        return handle or self._store.put(tensor, storage, Verdict(self._tracker.name(), "source", "copy", IDENTITY))
 
     def _keep_opaque(self, tensor: Tensor) -> Handle:
         operation = self._tracker.name() or "custom"

@@ -16,9 +16,9 @@ from lightning_actmem_kernels import CodecSpec, integer_bits
 from . import operation as ops
 from .borrowed import Borrowed
 from .declared import Declared
-from .handle import DERIVED_BITS, EXACT_BITS
 from .ledger import BORROWED
 from .patterns import Patterns
+from .payload import DERIVED_BITS, EXACT_BITS
 from .reduced import UNREAD, UNREAD_DEVICES, is_piecewise, one_bit
 from .role import role_of, view_role
 from .scope import Frame
@@ -84,7 +84,7 @@ class Verdict(NamedTuple):
         signed: The codec for when a ReLU's sign, stored too, turns out to help (see `signed`).
         window: The max pool whose indices these are, if they fit in 4 bits; ``bit`` then gives the positions.
         pinned: Whether the codec is the user's own for this place, which no plan changes.
-        is_kept: Whether it is clear that the tensor is kept as it is, for the sake of what it is.
+        is_final: Whether nothing may take its place, so that the first tensor of a storage goes to the store at once.
     """
 
     operation: str
@@ -101,12 +101,12 @@ class Verdict(NamedTuple):
     signed: CodecSpec | None = None
     window: Window | None = None
     pinned: bool = False
-    is_kept: bool = False
+    is_final: bool = False
 
 
 @lru_cache(maxsize=4096)
 def _by_reference(operation: str, role: str, kind: str) -> Verdict:
-    return Verdict(operation, role, kind, is_kept=kind not in BORROWED)
+    return Verdict(operation, role, kind, is_final=kind not in BORROWED)
 
 
 class Identifier:
@@ -133,6 +133,7 @@ class Identifier:
         self._small: dict[tuple[str, str, str], Verdict] = {}
         self._ordinary: dict[tuple[str, str, str], Verdict] = {}
         self._codecs = codecs
+        self._copies = codecs.copies
         self._declared = declared
         self.min_elements = min_elements
         self.borrowed = Borrowed()
@@ -170,7 +171,7 @@ class Identifier:
         if source is not None and is_parameter(source):
             return _by_reference(operation, role, "weight")  # a cast of a frozen weight
         place = operation, role, frame.layer
-        if tensor.numel() < self.min_elements:
+        if tensor.numel() < self.min_elements or self._copies:
             return self._small.get(place) or self._of_small(operation, role, frame.layer)
         known = self._ordinary.get(place)
         if known is not None and tensor.dtype in FLOATS and tensor.requires_grad and not tensor.is_leaf:
@@ -190,7 +191,7 @@ class Identifier:
         return verdict
 
     def _of_small(self, operation: str, role: str, layer: str) -> Verdict:
-        """Return the verdict on a small tensor, which depends on nothing else, and remember it."""
+        """Return the verdict on a small tensor, or a copied one, which depends on nothing else, and remember it."""
         verdict = self._of_place(operation, role, layer) or _by_reference(operation, role, "small")
         self._small[operation, role, layer] = verdict
         return verdict
@@ -201,8 +202,8 @@ class Identifier:
             return _by_reference(operation, role, "exact")  # a weight computed from others
         if operation in ops.FILLED_LATER:
             return Verdict(operation, role, "unsupported", versioned=False)
-        if self._codecs.copies:
-            return Verdict(operation, role, "packed", self._codecs.general)
+        if self._copies:
+            return Verdict(operation, role, "packed", self._codecs.general, is_final=True)
         if self._exact.find(layer, operation):
             return _by_reference(operation, role, "excluded")
         return None
@@ -217,7 +218,7 @@ class Identifier:
         """Return the verdict on a tensor that a replacement saves."""
         spec = self._codecs_of(operation, layer).general
         found = Verdict(operation, declared.role, "packed", declared=declared if declared.own else None)
-        if self._codecs.copies:
+        if self._copies:
             return found._replace(spec=spec)
         if tensor.dtype == torch.bool:
             return found._replace(spec=MASK)
@@ -285,8 +286,7 @@ class Identifier:
     def _activation(
         self, tensor: Tensor, operation: str, role: str, source: Tensor | None, call: Call, codecs: Codecs
     ) -> Verdict:
-        arguments = [argument for _, argument in call.named_tensors()]
-        if operation in ops.MATMUL and not any(map(self._is_weight, arguments)):
+        if operation in ops.MATMUL and not any(map(self._is_weight, call.tensors())):
             # A product of two activations: attention scores, or their sum over the values.
             least_bits = min(_bits(codecs.attention), DERIVED_BITS)
             return Verdict(operation, role, "attention", codecs.attention, derivable=True, least_bits=least_bits)
@@ -317,7 +317,7 @@ class Identifier:
         if operation in _PRODUCTS_WITH_WEIGHTS:
             return None
         smallest = tensor.numel() * _SMALL_FACTOR
-        for _, argument in call.named_tensors():
+        for argument in call.tensors():
             if argument.numel() >= smallest:
                 return _by_reference(operation, role, "statistic")
         return None

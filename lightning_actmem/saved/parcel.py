@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_actmem_kernels import CodecSpec, decode
 
-from .handle import DecodeCache, Payload
 from .ledger import Charge
+from .payload import DecodeCache, Payload
 from .whereabouts import Booking
 
 # What the allocators align to: kernels load 16 bytes at a time.
@@ -177,7 +177,7 @@ class Movable(Payload):
     def decode(self) -> Tensor:
         """Return the segment, 1-D; the same values every time."""
         tensors = tuple(self._fetcher.tensors_of(self))
-        return decode(tensors, self.spec, numel=self.numel, dtype=self._dtype, key=self._key, backend=self._backend)
+        return decode(tensors, self.spec, numel=self.numel, dtype=self.dtype, key=self._key, backend=self._backend)
 
     def move(self, parcel: Parcel, pieces: list[Piece], booking: Booking) -> None:
         """Let go of the tensors, which lie in a parcel now."""

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lightning_actmem_kernels import CodecSpec, Layout, decode, encode
 
-from .handle import EXACT_BITS, AnyPayload, DecodeCache, Payload
 from .ledger import Charge, Ledger
+from .payload import EXACT_BITS, AnyPayload, DecodeCache, Payload
 from .site import Site, mix64
 
 if TYPE_CHECKING:

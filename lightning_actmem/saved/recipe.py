@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ReferenceType
 
@@ -48,7 +49,12 @@ class Autocast(NamedTuple):
         """The state for that type of device, or ``None`` where there is no autocast."""
         if device_type not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device_type):
             return None
-        return Autocast(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
+        return _autocast(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
+
+
+# One object for each state and each slot: thousands of recipes refer to them, and the garbage collector walks them all.
+_autocast = lru_cache(maxsize=64)(Autocast)
+_slot = lru_cache(maxsize=64)(Slot)
 
 
 class Recipe(NamedTuple):
@@ -109,11 +115,14 @@ def with_slots(value: Any) -> Any:
     return _slotted(value, itertools.count())
 
 
+_PLAIN = (int, float, bool, str, type(None), torch.dtype)
+
+
 def _slotted(value: Any, numbers: Iterator[int]) -> Any:
     if isinstance(value, Tensor):
-        return Slot(next(numbers))
+        return _slot(next(numbers))
     if isinstance(value, (list, tuple)):
-        items = [_slotted(item, numbers) for item in value]
+        items = [item if type(item) in _PLAIN else _slotted(item, numbers) for item in value]
         return tuple(items) if isinstance(value, tuple) else items
     if isinstance(value, dict):
         return {name: _slotted(item, numbers) for name, item in value.items()}

@@ -11,8 +11,10 @@ import torch
 from torch import UntypedStorage
 
 from .geometry import Geometry, extent
-from .handle import AnyPayload, Handle, Kept, Packed, PackedCompact, Reshaped
+from .handle import Handle, Kept, Packed, PackedCompact, Reshaped
 from .ledger import Charge
+from .packed_first import PackedFirst
+from .payload import AnyPayload
 
 if TYPE_CHECKING:
     from lightning_actmem_kernels import Layout
@@ -55,7 +57,7 @@ class StoredStorage:
     def __init__(self) -> None:
         self.is_empty = True
         self.outcomes: Mapping[int, Outcome] = _NO_OUTCOMES
-        self._raw: ReferenceType[Charge] | None = None
+        self._raw: ReferenceType[Charge] | ReferenceType[PackedFirst] | None = None
         self._held: ReferenceType[Charge] | None = None
         self._kept: ReferenceType[Kept] | None = None
         self._segments: tuple[_Segment, ...] = ()  # tuples: most storages have none or one of each
@@ -64,7 +66,11 @@ class StoredStorage:
 
     def raw_charge(self) -> Charge | None:
         """The charge for the memory that plain autograd would keep alive, while something of it is stored."""
-        return None if self._raw is None else self._raw()
+        holder = None if self._raw is None else self._raw()
+        if isinstance(holder, PackedFirst):
+            holder = holder.raw
+            self._raw = ref(holder)
+        return holder
 
     def set_raw_charge(self, charge: Charge) -> None:
         """Note that charge; whoever stores something of the storage holds it."""
@@ -83,6 +89,13 @@ class StoredStorage:
                 self._raw = self._held
         if handle.versioned:
             self._kept = ref(handle)
+
+    def add_packed(self, handle: PackedFirst) -> None:
+        """Note a payload that holds the bytes of the storage too."""
+        self.is_empty = False
+        self._raw = ref(handle)
+        stop = handle.start + handle.numel
+        self._segments += (_Segment(handle.version, handle.dtype, handle.start, stop, ref(handle)),)
 
     def add_copy(self, geometry: Geometry, handle: Handle) -> None:
         """Note that a handle stands for a contiguous copy of a view, in another shape."""
@@ -151,12 +164,12 @@ class SharedStorages:
 
     A weak reference to each keeps its identity from being reused by another storage, without keeping its memory: an
     address alone gives wrong gradients as soon as the allocator hands it out again. Where all that is stored is one
-    tensor by reference, its handle does the same, and an entry is made only when there is more to note.
+    tensor by reference, its handle does the same. An entry is made only when there is more to note than one handle.
     """
 
     def __init__(self) -> None:
-        #: By identity: an entry, or the handle by which all that is stored of the storage is kept, if it still lives.
-        self.noted: dict[int, StoredStorage | ReferenceType[Kept]] = {}
+        #: By identity: an entry, or the handle of all that is stored of the storage, if it still lives.
+        self.noted: dict[int, StoredStorage | ReferenceType[Kept | PackedFirst]] = {}
         self._entries: list[StoredStorage] = []
         self._weak: list[Any] = []  # plain numbers: a StorageWeakRef for each costs 0.4 us more
         self._free_weak_ref: Any = UntypedStorage._free_weak_ref  # at exit the class may go first
@@ -168,9 +181,11 @@ class SharedStorages:
         self._weak.append(storage._weak_ref())
         entry = self.noted[storage._cdata] = StoredStorage()
         self._entries.append(entry)
-        kept = None if noted is None else noted()
-        if kept is not None:
-            entry.add_kept(kept)
+        first = None if noted is None else noted()
+        if isinstance(first, PackedFirst):
+            entry.add_packed(first)
+        elif first is not None:
+            entry.add_kept(first)
         return entry
 
     def is_known(self, identity: int) -> bool:
@@ -178,8 +193,25 @@ class SharedStorages:
         noted = self.noted.get(identity)
         return noted is not None and (isinstance(noted, StoredStorage) or noted() is not None)
 
+    def is_first(self, storage: UntypedStorage) -> bool:
+        """Whether nothing that is stored of a storage holds its bytes yet."""
+        noted = self.noted.get(storage._cdata)
+        if isinstance(noted, StoredStorage):
+            return noted.raw_charge() is None
+        return noted is None or noted() is None
+
     def add_first(self, identity: int, handle: Kept) -> None:
         """Note the first that is stored of the storage of that identity: a tensor by reference."""
+        self.noted[identity] = ref(handle)
+
+    def add_packed(self, storage: UntypedStorage, handle: PackedFirst) -> None:
+        """Note the first payload of a storage."""
+        identity = storage._cdata
+        noted = self.noted.get(identity)
+        if isinstance(noted, StoredStorage):
+            noted.add_packed(handle)
+            return
+        self._weak.append(storage._weak_ref())  # the payload does not keep the storage
         self.noted[identity] = ref(handle)
 
     def clear(self) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lightning_actmem_kernels import Layout
 
-from .handle import Handle, Payload
+from .handle import Handle
+from .payload import Payload
 
 # Beyond it the sign hardly ever changes within a channel. Without a limit a channel of weight 0 would be at infinity.
 _LARGEST_OFFSET = 3.0

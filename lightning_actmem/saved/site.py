@@ -5,6 +5,11 @@ from __future__ import annotations
 import hashlib
 from typing import NamedTuple
 
+_MASK = (1 << 64) - 1
+
+#: A site's fields; a site is equal to them.
+Place = tuple[str, str, str, int]
+
 
 class Site(NamedTuple):
     """A place that saves a tensor: stable across steps, batches and skipped branches.
@@ -32,39 +37,39 @@ class Site(NamedTuple):
         return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
 
 
-class SiteTable(dict[tuple[str, str, str, int], Site]):
+class SiteTable(dict[Place, Site]):
     """Every site seen so far, by its fields, and how often each one has saved a tensor in the current step."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._streams: dict[Site, int] = {}
-        self._calls: dict[Site, int] = {}
+        self._streams: dict[Place, int] = {}
+        self._calls: dict[Place, int] = {}
 
     def start_step(self) -> None:
         """Forget the calls of the previous step; the sites stay."""
         self._calls.clear()
 
-    def __missing__(self, fields: tuple[str, str, str, int]) -> Site:
+    def __missing__(self, fields: Place) -> Site:
         """Make a site at its first use."""
         site = self[fields] = Site(*fields)
         return site
 
-    def noise_key(self, site: Site, base: int) -> int:
+    def noise_key(self, place: Place, base: int) -> int:
         """Return a noise key that no other tensor of this step has.
 
         Args:
-            site: The site that is about to pack a tensor.
+            place: The site that is about to pack a tensor.
             base: 64-bit mix of seed, rank and step (see `mix64`).
 
         Returns:
             A signed 64-bit key.
         """
-        call = self._calls.get(site, 0)
-        self._calls[site] = call + 1
-        stream = self._streams.get(site)
+        call = self._calls.get(place, 0)
+        self._calls[place] = call + 1
+        stream = self._streams.get(place)
         if stream is None:
-            stream = self._streams[site] = site.stream
-        key = mix64(base ^ stream, call)
+            stream = self._streams[place] = Site(*place).stream
+        key = ((base ^ stream) + call) & _MASK  # no more mixing: Philox takes neighbouring keys for unrelated ones
         return key - (1 << 64) if key >> 63 else key
 
 
@@ -80,11 +85,10 @@ def mix64(*words: int) -> int:
     Returns:
         An unsigned 64-bit integer.
     """
-    mask = (1 << 64) - 1
     state = 0
     for word in words:
-        state = (state + word + 0x9E3779B97F4A7C15) & mask
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state = (state + word + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
         state ^= state >> 31
     return state

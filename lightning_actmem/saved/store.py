@@ -18,16 +18,18 @@ from .declared import Declared
 from .deferred import Deferrals, Deferred
 from .derived import Derived
 from .geometry import Geometry
-from .handle import AnyPayload, DecodeCache, Handle, Kept, Packed, Payload, PoolIndices, Stand
+from .handle import Handle, Kept, Packed, PoolIndices, Stand
 from .identify import MASK, POSITIONS, Verdict
 from .kept_first import KeptFirst
 from .ledger import Charge, Ledger, SiteBytes
 from .offload import Offload
+from .packed_first import PackedFirst
 from .parcel import Movable
+from .payload import AnyPayload, DecodeCache, Payload
 from .probe import ProbePayload, Watch, may_fold
 from .scope import LayerScope
 from .share import SharedStorages, StoredStorage
-from .site import Site, SiteTable
+from .site import Place, Site, SiteTable
 from .undecided import Undecided, Waiting
 from .weights import Recast
 
@@ -70,10 +72,12 @@ class Store:
         self._borrowed_seen: set[int] = set()
         self._waiting = Waiting()
         self._noise = 0
+        self._encodes_at_once = False  # nobody has a say, beside the verdict
 
     def start_step(self, noise: int) -> None:
         """Begin a step with this mix of seed, rank and step."""
         self._noise = noise
+        self._encodes_at_once = not (self.plan or self.watch or self.split or self.offload)
         self._borrowed_seen.clear()
         self.shared.clear()
         self._sites.start_step()
@@ -117,9 +121,16 @@ class Store:
 
     def put_first(self, tensor: Tensor, storage: UntypedStorage, verdict: Verdict) -> Handle:
         """Store a tensor of whose storage nothing is known yet."""
-        nbytes = storage.nbytes()
-        if verdict.spec is not None or nbytes >= _CLONE_FACTOR * tensor.nbytes:
-            return self.put(tensor, self.shared[storage], verdict)
+        nbytes, spec = storage.nbytes(), verdict.spec
+        if spec is not None and self._encodes_at_once and verdict.signed is None:
+            layout = Layout.of(tensor)
+            if layout is not None and layout.dense:
+                saved_bytes = spec.stored_bytes(layout.numel, tensor.dtype)
+                if saved_bytes < nbytes or spec.codec == "identity":
+                    place = self._scope.stack[-1].next_place(verdict.operation, verdict.role)
+                    return self._encode_first(tensor, storage, verdict.kind, place, spec, layout, saved_bytes)
+        if spec is not None or nbytes >= _CLONE_FACTOR * tensor.nbytes:
+            return self.put(tensor, storage, verdict)
         handle = KeptFirst(tensor, verdict.versioned, self._ledger, nbytes)
         self.shared.noted[storage._cdata] = ref(handle)  # by itself: a method of its own takes 0.05 us
         place = self._scope.stack[-1].next_place(verdict.operation, verdict.role)
@@ -135,29 +146,37 @@ class Store:
         self._book(verdict, "exact", nbytes, nbytes, nbytes // tensor.element_size())
         return Kept(tensor, charge=charge)
 
-    def put(self, tensor: Tensor, entry: StoredStorage, verdict: Verdict) -> Handle:
+    def put(self, tensor: Tensor, storage: UntypedStorage, verdict: Verdict) -> Handle:
         """Store a tensor by the verdict's codec, or by reference where that costs no more."""
-        storage = tensor.untyped_storage()
         layout = Layout.of(tensor)
         site = self.site(verdict)
-        spec = verdict.spec
-        if verdict.spec is not None and not verdict.spec.lossless:
-            spec = spec if verdict.pinned else self.plan.get(site, spec)
-            if self.watch and layout is not None and not _is_no_smaller(verdict.spec, layout, tensor, storage):
+        spec = default = verdict.spec
+        if default is not None and not default.lossless:
+            if self.plan and not verdict.pinned:
+                spec = self.plan.get(site, spec)
+            if self.watch and layout is not None and not _is_no_smaller(default, layout, tensor, storage):
                 payload = self.watch.put(tensor, layout, site, verdict, spec)
                 if isinstance(payload, ProbePayload) and verdict.signed is not None and _fills(tensor, layout):
                     payload.wait(None if self.keeps_width or site in self.plan else verdict.signed)
                     self._waiting.add(payload)
                 if payload is not None:
-                    return entry.add(Geometry.of(tensor), layout, payload)
+                    return self.shared[storage].add(Geometry.of(tensor), layout, payload)
         if spec is None and verdict.versioned and storage.nbytes() >= _CLONE_FACTOR * tensor.nbytes:
             spec = IDENTITY
         if layout is None or spec is None or _is_no_smaller(spec, layout, tensor, storage):
-            return self._keep(tensor, storage, entry, verdict, site)
+            return self._keep(tensor, storage, verdict, site)
         if verdict.signed is not None and may_fold(spec) and _fills(tensor, layout):
             behind = spec if self.keeps_width or site in self.plan else verdict.signed
-            return self._wait_for_relu(tensor, entry, verdict, site, (spec, behind), layout)
-        return self._encode(tensor, entry, verdict, site, spec, layout)
+            return self._wait_for_relu(tensor, self.shared[storage], verdict, site, (spec, behind), layout)
+        if (
+            layout.dense
+            and verdict.kind != "copy"
+            and not (self.offload or self.split)
+            and self.shared.is_first(storage)
+        ):
+            saved_bytes = spec.stored_bytes(layout.numel, tensor.dtype)
+            return self._encode_first(tensor, storage, verdict.kind, site, spec, layout, saved_bytes)
+        return self._encode(tensor, self.shared[storage], verdict, site, spec, layout)
 
     def put_declared(self, tensor: Tensor, verdict: Verdict, declared: Declared) -> Kept | Deferred:
         """Store a tensor that stands in for what plain autograd would save; encode it when nothing may replace it."""
@@ -215,10 +234,9 @@ class Store:
             raw_bytes += new_bytes
         return tuple(charges), raw_bytes
 
-    def _keep(
-        self, tensor: Tensor, storage: UntypedStorage, entry: StoredStorage, verdict: Verdict, site: Site
-    ) -> Handle:
+    def _keep(self, tensor: Tensor, storage: UntypedStorage, verdict: Verdict, site: Site) -> Handle:
         """Keep a tensor by reference; its storage is booked once."""
+        entry = self.shared[storage]
         held, saved_bytes, raw_bytes = entry.held_charge(), 0, 0
         if held is None:
             raw, saved_bytes = entry.raw_charge(), storage.nbytes()
@@ -254,6 +272,27 @@ class Store:
             for undecided, sign in signs_behind(handle):
                 undecided.settle(sign)
         self._ledger.record(site, verdict.kind, codec, raw_bytes, saved_bytes, raw_bytes // tensor.element_size())
+
+    def _encode_first(
+        self,
+        tensor: Tensor,
+        storage: UntypedStorage,
+        kind: str,
+        place: Place,
+        spec: CodecSpec,
+        layout: Layout,
+        saved_bytes: int,
+    ) -> Handle:
+        """Encode the first tensor of a storage, as most are: with one object for all that is noted of it."""
+        key, ledger, nbytes = self._sites.noise_key(place, self._noise), self._ledger, storage.nbytes()
+        start_ns = perf_counter_ns()
+        tensors = encode(layout.flatten(tensor), spec, key=key, backend=self._backend)
+        ledger.pack_ns += perf_counter_ns() - start_ns
+        ledger.packed_on_cpu &= tensor.is_cpu
+        handle = PackedFirst(tensors, spec, tensor, layout, key, self._backend, self.cache, ledger, saved_bytes, nbytes)
+        self.shared.add_packed(storage, handle)
+        ledger.record(place, kind, spec.label, nbytes, saved_bytes, nbytes // tensor.element_size())
+        return handle
 
     def _encode(
         self, tensor: Tensor, entry: StoredStorage, verdict: Verdict, site: Site, spec: CodecSpec, layout: Layout
@@ -297,7 +336,7 @@ class Store:
         start_ns = perf_counter_ns()
         tensors = encode(flat, spec, key=key, backend=self._backend)
         self._ledger.pack_ns += perf_counter_ns() - start_ns
-        self._ledger.packed_on_cpu &= flat.device.type == "cpu"
+        self._ledger.packed_on_cpu &= flat.is_cpu
         saved_bytes = spec.stored_bytes(flat.numel(), dtype)
         charges = Charge(self._ledger, saved_bytes=saved_bytes), raw
         parts = tensors, spec, flat.numel(), dtype, key, self._backend, self.cache, charges

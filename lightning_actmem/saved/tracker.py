@@ -62,6 +62,12 @@ class Call:
             self._operands = [(name, tensor, storage_id_of(tensor)) for name, tensor in self.named_tensors()]
         return self._operands
 
+    def tensors(self) -> list[Tensor]:
+        """Return every tensor among the arguments."""
+        if len(self.arguments) == 1 and not self.keywords and isinstance(self.arguments[0], Tensor):
+            return [self.arguments[0]]  # most operations by number
+        return [tensor for _, tensor in self.named_tensors()]
+
     def named_tensors(self) -> list[tuple[str, Tensor]]:
         """Return the name and value of every tensor among the arguments."""
         names = self.operation.argument_names

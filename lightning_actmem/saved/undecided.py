@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lightning_actmem_kernels import CodecSpec, Layout
 
-from .handle import DecodeCache, Handle, Kept, Packed, Payload
+from .handle import Handle, Kept, Packed
 from .ledger import Charge
+from .payload import DecodeCache, Payload
 from .probe import ProbePayload
 from .signed import Sign, Signed
 

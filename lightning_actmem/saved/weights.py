@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import ActMemError
 from .geometry import Geometry, is_plain
-from .handle import EXACT_BITS
+from .payload import EXACT_BITS
 
 _CAST = "ToCopyBackward0"
 VIEWS_AND_CASTS = frozenset(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import memory, results
-from benchmarks.measure import peak_bytes, quantiles_20_50_80, step
+from benchmarks.measure import peak_bytes, quantiles_20_50_80
 from benchmarks.methods import ActMem, Checkpoint, Method, SaveOnCpu, all_methods
 from benchmarks.models import CHAIN_OPERATIONS, CLASSES, MODELS, workload
 from benchmarks.results import COLUMNS, append
@@ -57,7 +57,7 @@ def test_lossless_methods_give_the_gradients_of_plain_training(method: Method) -
     gradients = []
     for each in (Method(), method):
         work.model.zero_grad()
-        step(work, each)
+        each.step(work)
         gradients.append([parameter.grad for parameter in work.model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert not any("forward" in vars(module) for module in work.model.modules())
@@ -66,7 +66,7 @@ def test_lossless_methods_give_the_gradients_of_plain_training(method: Method) -
 def test_peak_of_packed_is_below_plain_and_above_what_it_stores() -> None:
     work = workload("mlp", 256)
     for method in (Method(), ActMem(bits=4)):  # the first packed step of a process computes tables
-        step(work, method)
+        method.step(work)
     peaks = {method.bits: peak_bytes(work, method) for method in (Method(), ActMem(bits=4))}
     assert Method().stored(work).device_bytes <= peaks[None]
     assert ActMem(bits=4).stored(work).device_bytes <= peaks[4] < peaks[None]
@@ -78,7 +78,7 @@ def test_on_a_gpu_save_on_cpu_moves_the_bytes_to_the_host() -> None:
     moved, plain = SaveOnCpu().stored(work), Method().stored(work)
     assert moved.device_bytes == 0
     assert moved.host_bytes >= plain.device_bytes
-    step(work, Method())
+    Method().step(work)
     assert peak_bytes(work, ActMem(bits=4)) < peak_bytes(work, Method())
 
 
@@ -121,12 +121,15 @@ def test_other_settings_are_noted() -> None:
 
 
 def test_overhead_per_operation() -> None:
-    plain, *packed = memory.measure("chain", repeats=1)
+    plain, *packed, codec = memory.measure("chain", repeats=1)
     assert [(row.bits, row.note) for row in packed] == [(32, ""), (4, ""), (4, "codec=identity, min_elements=0")]
     assert (plain.us_per_op or 0) == pytest.approx(1e3 * plain.step_ms / CHAIN_OPERATIONS, abs=0.01)
     assert all(row.stored_bytes == plain.stored_bytes for row in packed)
-    line = memory.overhead([plain, *packed])
-    assert f"{(packed[1].us_per_op or 0) - (plain.us_per_op or 0):.1f} us at bits=4" in line
+    assert codec.stored_bytes == 4 * CLASSES * CHAIN_OPERATIONS
+    line = memory.overhead([plain, *packed, codec])
+    assert f"{(packed[1].us_per_op or 0) - (plain.us_per_op or 0):.1f} us at bits=4, " in line
+    beyond = (packed[2].us_per_op or 0) - (plain.us_per_op or 0) - (codec.us_per_op or 0)
+    assert line.endswith(f"{beyond:.1f} us at bits=4 (codec=identity, min_elements=0)")
 
 
 def test_the_program_appends_to_the_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,7 +139,7 @@ def test_the_program_appends_to_the_csv(tmp_path: Path, capsys: pytest.CaptureFi
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS
-    assert [row["method"] for row in rows] == ["plain", "actmem", "actmem", "actmem"] * 2
+    assert [row["method"] for row in rows] == ["plain", "actmem", "actmem", "actmem", "copy alone"] * 2
     assert "overhead per operation" in capsys.readouterr().out
 
 

@@ -9,10 +9,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_actmem.saved.handle import DecodeCache
 from lightning_actmem.saved.ledger import Charge, Ledger
 from lightning_actmem.saved.offload import Offload
 from lightning_actmem.saved.parcel import Movable
+from lightning_actmem.saved.payload import DecodeCache
 from lightning_actmem_kernels import CodecSpec
 from tests.saved.slow_transport import SlowTransport
 

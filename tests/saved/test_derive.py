@@ -16,8 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_actmem import ActMemEngine
 from lightning_actmem.saved import derive
-from lightning_actmem.saved.handle import DecodeCache, Kept
+from lightning_actmem.saved.handle import Kept
 from lightning_actmem.saved.operation import operation_of, plain_name
+from lightning_actmem.saved.payload import DecodeCache
 from lightning_actmem.saved.share import SharedStorages
 from lightning_actmem.saved.tracker import Call
 from tests import models

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_actmem.saved.geometry import Geometry, extent
-from lightning_actmem.saved.handle import EXACT_BITS, DecodeCache, Kept, Payload
+from lightning_actmem.saved.handle import Kept
 from lightning_actmem.saved.ledger import Charge, Ledger
+from lightning_actmem.saved.payload import EXACT_BITS, DecodeCache, Payload
 from lightning_actmem.saved.share import SharedStorages
 from lightning_actmem_kernels import CodecSpec, Layout, encode
 

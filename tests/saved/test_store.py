@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from lightning_actmem.saved.declared import Declared
-from lightning_actmem.saved.handle import Kept, Packed, Payload
+from lightning_actmem.saved.handle import Kept, Packed
 from lightning_actmem.saved.identify import Verdict
 from lightning_actmem.saved.ledger import Ledger
 from lightning_actmem.saved.offload import Offload
 from lightning_actmem.saved.parcel import Movable
+from lightning_actmem.saved.payload import Payload
 from lightning_actmem.saved.scope import Frame, LayerScope
 from lightning_actmem.saved.site import Site
 from lightning_actmem.saved.store import Store
@@ -42,7 +43,7 @@ def test_the_first_of_a_storage_is_kept_and_booked_once(store: Store, ledger: Le
     x = torch.randn(1024)
     storage = x.untyped_storage()
     first = store.put_first(x, storage, SMALL)
-    second = store.put(x[1:], store.shared[storage], SMALL)
+    second = store.put(x[1:], storage, SMALL)
     assert isinstance(first, Kept)
     assert live_bytes(ledger) == (x.nbytes, x.nbytes)
     del first
@@ -59,7 +60,7 @@ def test_a_code_holds_the_raw_bytes_when_what_was_kept_is_gone(store: Store, led
     handles = {}
     for verdict in (SMALL, PACKED) if kept_first else (PACKED, SMALL):
         known = store.shared.is_known(storage._cdata)
-        put = store.put(x, store.shared[storage], verdict) if known else store.put_first(x, storage, verdict)
+        put = store.put(x, storage, verdict) if known else store.put_first(x, storage, verdict)
         handles[verdict.kind] = put
     code_bytes = CodecSpec("uniform", bits=4).stored_bytes(1024, x.dtype)
     assert live_bytes(ledger) == (x.nbytes + code_bytes, x.nbytes)
