@@ -117,6 +117,9 @@ class DecodeCache:
         self._capacity = capacity
         self._segments: OrderedDict[int, tuple[ReferenceType[AnyPayload], Tensor, int, int]] = OrderedDict()
 
+    def __len__(self) -> int:
+        return len(self._segments)
+
     def clear(self) -> None:
         """Forget every segment: what payloads return is about to change."""
         self._segments.clear()

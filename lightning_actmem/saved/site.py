@@ -38,16 +38,16 @@ class Site(NamedTuple):
 
 
 class SiteTable(dict[Place, Site]):
-    """Every site seen so far, by its fields, and how often each one has saved a tensor in the current step."""
+    """Every site seen so far, by its fields, and the last key that each one has had in the current step."""
 
     def __init__(self) -> None:
         super().__init__()
         self._streams: dict[Place, int] = {}
-        self._calls: dict[Place, int] = {}
+        self._keys: dict[Place, int] = {}
 
     def start_step(self) -> None:
-        """Forget the calls of the previous step; the sites stay."""
-        self._calls.clear()
+        """Forget the keys of the previous step; the sites stay."""
+        self._keys.clear()
 
     def __missing__(self, fields: Place) -> Site:
         """Make a site at its first use."""
@@ -64,12 +64,15 @@ class SiteTable(dict[Place, Site]):
         Returns:
             A signed 64-bit key.
         """
-        call = self._calls.get(place, 0)
-        self._calls[place] = call + 1
-        stream = self._streams.get(place)
-        if stream is None:
-            stream = self._streams[place] = Site(*place).stream
-        key = ((base ^ stream) + call) & _MASK  # no more mixing: Philox takes neighbouring keys for unrelated ones
+        last = self._keys.get(place)
+        if last is None:
+            stream = self._streams.get(place)
+            if stream is None:
+                stream = self._streams[place] = Site(*place).stream
+            key = base ^ stream
+        else:
+            key = (last + 1) & _MASK  # no more mixing: Philox takes neighbouring keys for unrelated ones
+        self._keys[place] = key
         return key - (1 << 64) if key >> 63 else key
 
 

@@ -288,7 +288,8 @@ class Store:
         start_ns = perf_counter_ns()
         tensors = encode(layout.flatten(tensor), spec, key=key, backend=self._backend)
         ledger.pack_ns += perf_counter_ns() - start_ns
-        ledger.packed_on_cpu &= tensor.is_cpu
+        if not tensor.is_cpu:
+            ledger.packed_on_cpu = False
         handle = PackedFirst(tensors, spec, tensor, layout, key, self._backend, self.cache, ledger, saved_bytes, nbytes)
         self.shared.add_packed(storage, handle)
         ledger.record(place, kind, spec.label, nbytes, saved_bytes, nbytes // tensor.element_size())
@@ -336,7 +337,8 @@ class Store:
         start_ns = perf_counter_ns()
         tensors = encode(flat, spec, key=key, backend=self._backend)
         self._ledger.pack_ns += perf_counter_ns() - start_ns
-        self._ledger.packed_on_cpu &= flat.is_cpu
+        if not flat.is_cpu:
+            self._ledger.packed_on_cpu = False
         saved_bytes = spec.stored_bytes(flat.numel(), dtype)
         charges = Charge(self._ledger, saved_bytes=saved_bytes), raw
         parts = tensors, spec, flat.numel(), dtype, key, self._backend, self.cache, charges
