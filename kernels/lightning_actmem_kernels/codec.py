@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from . import ops
-from .ops import call
+from .ops import implementation
 from .spec import CodecSpec
 
 Payload = tuple[Tensor, ...]
@@ -28,9 +26,11 @@ _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "two_valued": (*_GRID_DTYPES, torch.float64),
     "integer": (torch.uint8, torch.int16, torch.int32, torch.int64),
 }
-_GRID_ENCODE = {"uniform": ops.uniform_encode, "relu": ops.relu_encode, "bfp": ops.bfp_encode}
-_GRID_DECODE = {"uniform": ops.uniform_decode, "relu": ops.relu_decode, "bfp": ops.bfp_decode}
+_GRIDS = ("uniform", "relu", "bfp")
+# What each codec's modules are called, in either backend.
+_MODULES = {name: name for name in _DTYPES} | {"fp8_e4m3": "fp8", "fp8_e5m2": "fp8", "two_valued": "mask"}
 _TRITON_DEVICES = ("cuda", "xpu")
+_TRITON_INSTALLED = find_spec("triton") is not None
 
 
 def encode(flat: Tensor, spec: CodecSpec, *, key: int, backend: str | None = None) -> Payload:
@@ -71,21 +71,23 @@ def encode(flat: Tensor, spec: CodecSpec, *, key: int, backend: str | None = Non
     if spec.codec == "identity":
         return (flat.clone(),)
     if spec.codec == "integer":
-        return (call(ops.integer_encode, flat, spec.bits),)
-    engine = resolve_backend(backend, flat.device)
-    if grid_encode := _GRID_ENCODE.get(spec.codec):
-        return call(grid_encode, flat, spec.bits, spec.group_size, spec.rounding, key, engine)
-    if spec.codec == "mask":
-        return (call(ops.mask_encode, flat, engine),)
-    if spec.codec == "two_valued":
+        return (implementation("integer", "torch", flat).encode(flat, spec.bits),)
+    codec = implementation(_MODULES[spec.codec], _backend_for(flat, backend), flat)
+    payload: Payload
+    if spec.codec in _GRIDS:
+        payload = codec.encode(flat, spec.bits, spec.group_size, spec.rounding, key)
+    elif spec.codec == "mask":
+        payload = (codec.encode(flat),)
+    elif spec.codec == "two_valued":
         value = flat.amax().view(1) if flat.numel() else flat.new_zeros(1)
-        return call(ops.mask_encode, flat != 0, engine), value
-    if spec.codec == "rotated":
-        return call(ops.rotated_encode, flat, spec.bits, spec.group_size, spec.centre, key, engine)
-    if spec.codec == "fixed":
-        bounds = spec.low, spec.high
-        return (call(ops.fixed_encode, flat, spec.bits, spec.group_size, *bounds, spec.rounding, key, engine),)
-    return call(ops.fp8_encode, flat, spec.codec, spec.group_size, spec.rounding, key, engine)
+        payload = codec.encode(flat != 0), value
+    elif spec.codec == "rotated":
+        payload = codec.encode(flat, spec.bits, spec.group_size, spec.centre, key)
+    elif spec.codec == "fixed":
+        payload = (codec.encode(flat, spec.bits, spec.group_size, spec.low, spec.high, spec.rounding, key),)
+    else:
+        payload = codec.encode(flat, spec.codec, spec.group_size, spec.rounding, key)
+    return payload
 
 
 def decode(
@@ -113,20 +115,24 @@ def decode(
     stored = payload[0]
     if spec.codec == "identity":
         return stored.clone()
+    flat: Tensor
     if spec.codec == "integer":
-        return call(ops.integer_decode, stored, spec.bits, dtype, numel)
-    engine = resolve_backend(backend, stored.device)
-    if grid_decode := _GRID_DECODE.get(spec.codec):
-        return call(grid_decode, stored, payload[1], spec.bits, spec.rounding, key, numel, dtype, engine)
-    if spec.codec == "mask":
-        return call(ops.mask_decode, stored, numel, engine)
-    if spec.codec == "two_valued":
-        return torch.where(call(ops.mask_decode, stored, numel, engine), payload[1], 0)
-    if spec.codec == "rotated":
-        return call(ops.rotated_decode, stored, payload[1], spec.bits, key, numel, dtype, engine)
-    if spec.codec == "fixed":
-        return call(ops.fixed_decode, stored, spec.bits, spec.low, spec.high, spec.rounding, key, numel, dtype, engine)
-    return call(ops.fp8_decode, stored, payload[1], spec.codec, numel, dtype, engine)
+        flat = implementation("integer", "torch", stored).decode(stored, spec.bits, dtype, numel)
+        return flat
+    codec = implementation(_MODULES[spec.codec], _backend_for(stored, backend), stored)
+    if spec.codec in _GRIDS:
+        flat = codec.decode(stored, payload[1], spec.bits, spec.rounding, key, numel, dtype)
+    elif spec.codec == "mask":
+        flat = codec.decode(stored, numel)
+    elif spec.codec == "two_valued":
+        flat = torch.where(codec.decode(stored, numel), payload[1], 0)
+    elif spec.codec == "rotated":
+        flat = codec.decode(stored, payload[1], spec.bits, key, numel, dtype)
+    elif spec.codec == "fixed":
+        flat = codec.decode(stored, spec.bits, spec.low, spec.high, spec.rounding, key, numel, dtype)
+    else:
+        flat = codec.decode(stored, payload[1], spec.codec, numel, dtype)
+    return flat
 
 
 def resolve_backend(backend: str | None, device: torch.device) -> str:
@@ -144,12 +150,12 @@ def resolve_backend(backend: str | None, device: torch.device) -> str:
         RuntimeError: Triton was asked for and is not installed, or does not run on this device.
     """
     if backend is None:
-        return "triton" if device.type in _TRITON_DEVICES and _triton_installed() else "torch"
+        return "triton" if device.type in _TRITON_DEVICES and _TRITON_INSTALLED else "torch"
     if backend == "torch":
         return backend
     if backend != "triton":
         raise ValueError(f"backend must be 'triton', 'torch' or None, got {backend!r}. Use None for the faster one.")
-    if not _triton_installed():
+    if not _TRITON_INSTALLED:
         raise RuntimeError(
             "backend 'triton' needs the package triton, which is not installed. Run `pip install 'triton>=3.2'`, "
             "or use backend='torch' for the PyTorch code that returns the same bits."
@@ -162,9 +168,11 @@ def resolve_backend(backend: str | None, device: torch.device) -> str:
     return backend
 
 
-@lru_cache(maxsize=1)
-def _triton_installed() -> bool:
-    return find_spec("triton") is not None
+def _backend_for(tensor: Tensor, backend: str | None) -> str:
+    """As `resolve_backend`; a device takes longer to name its type than a tensor to answer both questions."""
+    if backend is not None:
+        return resolve_backend(backend, tensor.device)
+    return "triton" if (tensor.is_cuda or tensor.is_xpu) and _TRITON_INSTALLED else "torch"
 
 
 def _check(spec: CodecSpec, dtype: torch.dtype, key: int) -> None:

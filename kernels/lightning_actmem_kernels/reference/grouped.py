@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..noise import noise_of, words_by_chunk
-from .chunks import group_chunks, group_count, groups_of, load_groups
+from .chunks import group_chunks, groups_of, load_groups
 from .compiled import run
 from .memory import empty
 
@@ -18,7 +18,7 @@ MAGIC = 2.0**23  # added to a float32 from 0 to 2**22, it rounds it to an intege
 
 def empty_codes(flat: Tensor, bits: int, group_size: int) -> Tensor:
     """Memory for the codes of a flat tensor: uint8 [N, b, G/8]."""
-    return flat.new_empty(group_count(flat.numel(), group_size), bits, group_size // 8, dtype=torch.uint8)
+    return flat.new_empty(-(-flat.numel() // group_size), bits, group_size // 8, dtype=torch.uint8)
 
 
 def encode_by_chunk(
