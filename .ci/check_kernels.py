@@ -26,7 +26,7 @@ from lightning_actmem_kernels.reference.exponent import carry_and_shift
 from lightning_actmem_kernels.reference.fp8 import FORMATS
 from lightning_actmem_kernels.reference.rotated import LEVELS, SQUARED_THRESHOLDS
 from lightning_actmem_kernels.spec import WIDTHS
-from lightning_actmem_kernels.triton import bfp, fixed, fp8, launch, mask, relu, rotated, uniform
+from lightning_actmem_kernels.triton import bfp, fixed, fp8, launch, mask, relu, rotated, tiles, uniform
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -119,7 +119,7 @@ class Case:
         """Elements of a program: a full tile, as the launcher chooses it."""
         sub_blocks, threads = 8 if KERNELS[self.codec] is rotated else 16, target.warp_size * WARPS
         itemsize = ITEMSIZE[self.dtype]
-        return launch.groups_per_program(1 << 30, GROUP_SIZE, itemsize, sub_blocks, threads) * GROUP_SIZE
+        return tiles.groups_per_program(1 << 30, GROUP_SIZE, itemsize, sub_blocks, threads) * GROUP_SIZE
 
     @property
     def limit(self) -> float:

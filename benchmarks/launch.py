@@ -1,10 +1,14 @@
 """What packing a small tensor costs the host: everything in Python from `encode` or `decode` to the driver.
 
 With a GPU the calls are real, and the time is that of the host without waiting for the device. Without one no kernel
-runs: a launch goes through Triton's own `CompiledKernel`, whose last step, the launcher in C and the driver's call, is
-replaced by nothing. Prints a line for each codec and writes benchmarks/launch.csv.
+runs: a launch goes through all that PyTorch and Triton for NVIDIA do in Python, and its last step, Triton's launcher in
+C with the driver's call, is replaced by nothing. Allocations are then those of the CPU.
+
+Beside the time stand the bytes that packing saves of what CUDA's allocator hands out. Prints a line for each codec and
+size and writes benchmarks/launch.csv.
 
     python -m benchmarks.launch
+    python -m benchmarks.launch --numel 4096
 """
 
 from __future__ import annotations
@@ -13,16 +17,19 @@ import argparse
 import csv
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+import triton
+from triton.backends.nvidia.driver import CudaLauncher
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
 from lightning_actmem_kernels import CodecSpec, codec, decode, encode
-from lightning_actmem_kernels.triton import launch
+from lightning_actmem_kernels.triton import launch, mask, tiles
 
 from .codecs import setting, tensor
 
@@ -38,39 +45,77 @@ SPECS = (
 )
 LIMIT_US = 6.0
 CALLS, ROUNDS = 300, 60
+CUDA_UNIT_BYTES = 512  # what PyTorch's allocator for CUDA rounds every tensor up to
 
 
-class NoKernel:
-    """A compiled kernel that is never run: `CompiledKernel` up to its launcher."""
+class NoLaunch(CudaLauncher):
+    """Triton's launcher up to its last step."""
 
-    function = packed_metadata = None
-    __getitem__ = CompiledKernel.__getitem__
-
-    def _init_handles(self) -> None:
+    def __init__(self) -> None:
         pass
 
-    def launch_metadata(self, *arguments: Any) -> None:
+    def __getattr__(self, name: str) -> int:
+        setattr(self, name, 0)  # sizes of scratch memory, flags: none
+        return 0
+
+    def launch(self, *arguments: Any) -> None:
         pass
 
-    def run(self, *arguments: Any) -> None:
-        pass
+
+class NoKernel(CompiledKernel):
+    """A compiled kernel that has been loaded and does nothing."""
+
+    def __init__(self) -> None:
+        launcher = NoLaunch()
+        # Where the launcher is depends on the version of Triton.
+        vars(self).update(
+            module=0, function=0, packed_metadata=(4, 1, 0), run=launcher, _run=launcher, src=None, name=""
+        )
 
 
 class NoDriver:
-    """The two questions that a launch asks."""
+    """The two questions that a launch asks: as Triton's driver for CUDA, of a device that is the CPU."""
 
-    def get_current_device(self) -> int:
-        return 0
+    get_current_device = staticmethod(torch.cuda.current_device)
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
 
-class AlwaysCompiled(dict[Any, Any]):
-    """A table of compiled kernels that has every case, and looks it up like any other."""
+def no_device() -> int:
+    """Index of the device of tensors on the CPU."""
+    return -1
 
-    def get(self, case: Any, default: Any = None) -> Any:
-        return super().get(case) or self.setdefault(case, NoKernel())
+
+def backend_as_on_a_gpu(x: torch.Tensor, backend: str | None) -> str:
+    """What the codecs ask of a tensor to find its backend, with the answer of one on a GPU."""
+    if backend is not None:
+        return backend
+    return "triton" if not (x.is_cuda or x.is_xpu) and codec._TRITON_INSTALLED else "torch"
+
+
+def keep_no_kernel(case: launch.Case, *arguments: Any) -> None:
+    """What the first launch of a case comes to."""
+    case._keep(NoKernel())
+
+
+@contextmanager
+def no_gpu() -> Iterator[None]:
+    """Take tensors on the CPU for ones on a GPU, up to what would launch a kernel."""
+    patches = (
+        mock.patch.object(torch.cuda, "_initialized", True),
+        mock.patch.object(torch._C, "_cuda_getDevice", no_device, create=True),
+        mock.patch.object(driver, "_active" if hasattr(driver, "_active") else "active", NoDriver()),
+        mock.patch.object(codec, "_backend_for", backend_as_on_a_gpu),
+        mock.patch.object(launch.Case, "_launch_by_triton", keep_no_kernel),
+    )
+    with ExitStack() as stack:
+        for cached in (launch.case_of, tiles._launches, mask._launch):
+            cached.cache_clear()
+            stack.callback(cached.cache_clear)
+        for patch in patches:
+            stack.enter_context(patch)
+        yield
 
 
 def microseconds(run: Callable[[], Any]) -> float:
@@ -86,6 +131,11 @@ def microseconds(run: Callable[[], Any]) -> float:
     return round(best / CALLS * 1e6, 2)
 
 
+def cuda_bytes(*tensors: torch.Tensor) -> int:
+    """What CUDA's allocator hands out for them."""
+    return sum(-(-t.nbytes // CUDA_UNIT_BYTES) * CUDA_UNIT_BYTES for t in tensors)
+
+
 def rows(numel: int, dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, Any]]:
     """One row per codec."""
     for spec in SPECS:
@@ -99,29 +149,35 @@ def rows(numel: int, dtype: torch.dtype, device: torch.device) -> Iterator[dict[
             "encode_us": microseconds(lambda x=x, spec=spec: encode(x, spec, key=1)),
             "decode_us": microseconds(lambda p=payload, spec=spec, kw=restore: decode(p, spec, **kw)),
             "driver": "real" if device.type == "cuda" else "left out",
+            "cuda_bytes": cuda_bytes(x),
+            "packed_cuda_bytes": cuda_bytes(*payload),
+            **setting(device),
+            "path": "triton",
+            "triton": triton.__version__,  # also where no GPU is: its Python is what runs
         }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--numel", type=int, default=4096)
-    options = parser.parse_args()
+    parser.add_argument("--numel", type=int, nargs="+", default=[512, 1024, 4096])
+    parser.add_argument("--csv", type=Path, default=CSV)
+    options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
-    if device.type == "cpu":
-        driver.set_active(NoDriver())
-        for target, name, value in ((codec, "_TRITON_DEVICES", ("cpu",)), (launch, "_compiled", AlwaysCompiled())):
-            mock.patch.object(target, name, value).start()
-    with CSV.open("w", newline="") as file:
+    with nullcontext() if device.type == "cuda" else no_gpu(), options.csv.open("w", newline="") as file:
         writer = None
-        for row in rows(options.numel, torch.bfloat16, device):
-            row |= setting(device) | {"path": "triton"}
-            writer = writer or csv.DictWriter(file, row)
-            if not file.tell():
-                writer.writeheader()
-            writer.writerow(row)
-            print(f"{row['codec']:<12} encode {row['encode_us']:>5} us   decode {row['decode_us']:>5} us", flush=True)
+        for numel in options.numel:
+            for row in rows(numel, torch.bfloat16, device):
+                writer = writer or csv.DictWriter(file, row)
+                if not file.tell():
+                    writer.writeheader()
+                writer.writerow(row)
+                print(
+                    f"{row['codec']:<12}{numel:>6} elements  encode {row['encode_us']:>5} us  decode"
+                    f" {row['decode_us']:>5} us  {row['cuda_bytes']:>5} to {row['packed_cuda_bytes']:>5} bytes",
+                    flush=True,
+                )
     print(f"the aim is {LIMIT_US} us each; the driver's own part is {'in' if device.type == 'cuda' else 'not in'} it")
 
 

@@ -175,10 +175,11 @@ def test_mask_and_two_valued(numel):
 
 def test_several_programs(monkeypatch):
     """The interpreter takes one large tile; several small ones must agree at their borders."""
-    from lightning_actmem_kernels.triton import launch
+    from lightning_actmem_kernels.triton import mask, tiles
 
-    monkeypatch.setattr(launch, "_TILE_ELEMENTS_INTERPRETED", 1024)
-    monkeypatch.setattr(launch, "_tiles", launch._tiles.__wrapped__)
+    monkeypatch.setattr(tiles, "_TILE_ELEMENTS_INTERPRETED", 1024)
+    for module, name in ((tiles, "_launches"), (mask, "_launch")):
+        monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
     for codec in BITS:
         _assert_equal(_values(5001, codec), CodecSpec(codec, BITS[codec][-1]), 5)
     _assert_equal(torch.rand(20001) < 0.5, CodecSpec("mask"), 0)

@@ -10,6 +10,7 @@ with the byte r from the counter (see noise.py), or r = 128 for nearest. There i
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,7 @@ class Grid(NamedTuple):
     offset: float
 
     @staticmethod
+    @lru_cache
     def of(low: float, high: float, bits: int, rounding: str) -> Grid:
         """The grid of 2**bits levels from low to high."""
         low, high = _float32(low), _float32(high)

@@ -26,8 +26,8 @@ from .lanes import (
     store_lanes,
     upper_half,
 )
-from .launch import launch_tiles
 from .noise import group_noise, noise_word
+from .tiles import TiledKernel
 from .values import groups_of_tile, load_quads, store_float
 
 _NO_SCALE = tl.constexpr(NO_SCALE)
@@ -37,10 +37,7 @@ def encode(flat: Tensor, bits: int, group_size: int, rounding: str, key: int) ->
     """As `reference.bfp.encode`."""
     codes = empty_codes(flat, bits, group_size)
     exponents = codes.new_empty(codes.shape[0])
-    top = largest_mantissa(bits)
-    constants = (bits, group_size, rounding == "nearest", top, *carry_and_shift(top))
-    arguments = (flat, codes, exponents, flat.numel(), key)
-    launch_tiles(_encode, arguments, constants, flat.numel(), group_size, reads_pairs=True)
+    _ENCODE((flat, codes, exponents), flat.numel(), (key,), group_size, bits, rounding)
     return codes, exponents
 
 
@@ -49,10 +46,14 @@ def decode(
 ) -> Tensor:
     """As `reference.bfp.decode`."""
     group_size = 8 * codes.shape[2]
-    flat = torch.empty(numel, dtype=dtype, device=codes.device)
-    constants = (bits, group_size, rounding == "dither", largest_mantissa(bits))
-    launch_tiles(_decode, (flat, codes, exponents, numel, key), constants, numel, group_size)
+    flat = codes.new_empty(numel, dtype=dtype)
+    _DECODE((flat, codes, exponents), numel, (key,), group_size, bits, rounding)
     return flat
+
+
+def _encode_constants(group_size: int, bits: int, rounding: str) -> tuple[float, ...]:
+    top = largest_mantissa(bits)
+    return bits, group_size, rounding == "nearest", top, *carry_and_shift(top)
 
 
 @triton.jit
@@ -159,3 +160,9 @@ def _decode(
                     upper_half(odd, TOP) * step,
                 )
             store_float(flat_ptr, start + S * PARTS * WIDTH, x, stored, numel, RAGGED)
+
+
+_ENCODE = TiledKernel(_encode, _encode_constants, reads_pairs=True)
+_DECODE = TiledKernel(
+    _decode, lambda group_size, bits, rounding: (bits, group_size, rounding == "dither", largest_mantissa(bits))
+)

@@ -24,8 +24,8 @@ from .lanes import (
     store_lanes,
     upper_half,
 )
-from .launch import launch_tiles
 from .noise import group_noise, noise_word
+from .tiles import TiledKernel
 from .values import groups_of_tile, load_quads, store_float
 
 
@@ -33,9 +33,7 @@ def encode(flat: Tensor, bits: int, group_size: int, low: float, high: float, ro
     """As `reference.fixed.encode`."""
     codes = empty_codes(flat, bits, group_size)
     grid = Grid.of(low, high, bits, rounding)
-    arguments = (flat, codes, flat.numel(), key, grid.low, grid.high, grid.scale)
-    constants = (bits, group_size, rounding == "nearest")
-    launch_tiles(_encode, arguments, constants, flat.numel(), group_size, reads_pairs=True)
+    _ENCODE((flat, codes), flat.numel(), (key, grid.low, grid.high, grid.scale), group_size, bits, rounding)
     return codes
 
 
@@ -44,10 +42,9 @@ def decode(
 ) -> Tensor:
     """As `reference.fixed.decode`."""
     group_size = 8 * codes.shape[2]
-    flat = torch.empty(numel, dtype=dtype, device=codes.device)
+    flat = codes.new_empty(numel, dtype=dtype)
     grid = Grid.of(low, high, bits, rounding)
-    arguments = (flat, codes, numel, key, grid.factor, grid.offset)
-    launch_tiles(_decode, arguments, (bits, group_size, rounding == "dither"), numel, group_size)
+    _DECODE((flat, codes), numel, (key, grid.factor, grid.offset), group_size, bits, rounding)
     return flat
 
 
@@ -137,3 +134,9 @@ def _decode(
                 upper_half(odd) * factor + offset,
             )
             store_float(flat_ptr, start + S * PARTS * WIDTH, x, stored, numel, RAGGED)
+
+
+_ENCODE = TiledKernel(
+    _encode, lambda group_size, bits, rounding: (bits, group_size, rounding == "nearest"), reads_pairs=True
+)
+_DECODE = TiledKernel(_decode, lambda group_size, bits, rounding: (bits, group_size, rounding == "dither"))

@@ -17,8 +17,8 @@ from ..reference.exponent import MAGNITUDE, NO_SCALE, carry_and_shift
 from ..reference.fp8 import FORMATS
 from ..reference.grouped import empty_codes
 from .exponent import exponent_byte, inverse, largest_magnitude, scale
-from .launch import launch_tiles
 from .noise import group_noise, noise_word
+from .tiles import TiledKernel
 from .values import groups_of_tile, load_quads, store_float
 
 _MAGNITUDE = tl.constexpr(MAGNITUDE)
@@ -27,22 +27,28 @@ _NO_SCALE = tl.constexpr(NO_SCALE)
 
 def encode(flat: Tensor, name: str, group_size: int, rounding: str, key: int) -> tuple[Tensor, Tensor]:
     """As `reference.fp8.encode`."""
-    form = FORMATS[name]
     codes = empty_codes(flat, 8, group_size)
     exponents = codes.new_empty(codes.shape[0])
-    constants = (group_size, rounding == "nearest", form.mantissa, form.bias, *carry_and_shift(form.largest))
-    arguments = (flat, codes, exponents, flat.numel(), key)
-    launch_tiles(_encode, arguments, constants, flat.numel(), group_size, reads_pairs=True)
+    _ENCODE((flat, codes, exponents), flat.numel(), (key,), group_size, name, rounding)
     return codes, exponents
 
 
 def decode(codes: Tensor, exponents: Tensor, name: str, numel: int, dtype: torch.dtype) -> Tensor:
     """As `reference.fp8.decode`."""
-    group_size, form = 8 * codes.shape[2], FORMATS[name]
-    flat = torch.empty(numel, dtype=dtype, device=codes.device)
-    constants = (group_size, form.mantissa, form.bias)
-    launch_tiles(_decode, (flat, codes, exponents, numel), constants, numel, group_size, words=False)
+    group_size = 8 * codes.shape[2]
+    flat = codes.new_empty(numel, dtype=dtype)
+    _DECODE((flat, codes, exponents), numel, (), group_size, name)
     return flat
+
+
+def _encode_constants(group_size: int, name: str, rounding: str) -> tuple[float, ...]:
+    form = FORMATS[name]
+    return group_size, rounding == "nearest", form.mantissa, form.bias, *carry_and_shift(form.largest)
+
+
+def _decode_constants(group_size: int, name: str) -> tuple[float, ...]:
+    form = FORMATS[name]
+    return group_size, form.mantissa, form.bias
 
 
 @triton.jit
@@ -140,3 +146,7 @@ def _decode(
         value = (value - tl.where(small, SMALLEST_NORMAL, 0.0)) * factor
         value = (value.to(tl.int32, bitcast=True) | ((code & 0x80) << 24)).to(tl.float32, bitcast=True)
         store_float(flat_ptr, offsets, value, stored, numel, RAGGED)
+
+
+_ENCODE = TiledKernel(_encode, _encode_constants, reads_pairs=True)
+_DECODE = TiledKernel(_decode, _decode_constants, words=False)

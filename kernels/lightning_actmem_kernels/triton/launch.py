@@ -1,17 +1,19 @@
-"""What the launchers share: tile heights, views that Triton can address, and the arithmetic contract."""
+"""How kernels are launched: by what Triton compiled before, since its own launcher takes the host longer."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
+from triton.runtime.driver import driver
 
 # Triton decides between compiling and interpreting when a kernel is decorated, so once, at import.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -23,125 +25,101 @@ AMD = tl.constexpr(torch.version.hip is not None)
 EXACT = {"enable_fp_fusion": False}
 
 _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
-# Compiled kernels by case; None where reuse has failed.
-_compiled: dict[tuple[Any, ...], Any] = {}
+# The last version whose `CompiledKernel` is known to call its launcher as `Case` does.
+_LAST_KNOWN = (3, 8)
+# Where the functions are that a profiler wants called around each launch; Triton 3.3 has no knobs.
+_HOOKS: Any = CompiledKernel if hasattr(CompiledKernel, "launch_enter_hook") else triton.knobs.runtime
 
 _HERE = nullcontext()
+_ALIGNMENT_BYTES = 16
 
-# Of 4 warps; those of AMD are twice as wide.
-_THREADS = 256 if AMD.value else 128
-_VECTOR_BYTES = 16
-_BYTES_PER_PROGRAM = 4096
-# The interpreter takes milliseconds per program and little per element: few, large programs.
-_TILE_ELEMENTS_INTERPRETED = 1 << 20
+Views = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
-def groups_per_program(groups: int, group_size: int, itemsize: int, sub_blocks: int, threads: int = _THREADS) -> int:
-    """Height of a tile in groups, a power of two.
-
-    A thread owns a vector of 16 bytes in each sub-block of its group, so that every access is that wide.
-
-    Args:
-        groups: Groups of the tensor.
-        group_size: Elements per group.
-        itemsize: Bytes per element.
-        sub_blocks: Into how many tensors the kernel divides a tile.
-        threads: Threads of a program.
-    """
-    elements = threads * sub_blocks * _VECTOR_BYTES // itemsize
-    if INTERPRETED:
-        elements = _TILE_ELEMENTS_INTERPRETED
-    highest = elements // group_size
-    return highest if groups >= highest else 1 << (groups - 1).bit_length()
-
-
-def launch_tiles(
-    kernel: Any,
-    arguments: tuple[Any, ...],
-    constants: tuple[Any, ...],
-    numel: int,
-    group_size: int,
-    *,
-    sub_blocks: int = 16,
-    reads_pairs: bool = False,
-    words: bool = True,
-) -> None:
-    """Run a kernel over tiles of whole groups, and once more for the last tile where the tensor ends within a group.
-
-    Args:
-        kernel: Takes `arguments`, the first tile, `constants`, the rows of a tile and whether it may be ragged.
-        arguments: What it reads and writes, the flat tensor first and then its codes.
-        constants: What it is compiled for.
-        numel: Elements of the flat tensor.
-        group_size: Elements per group.
-        sub_blocks: Into how many tensors the kernel divides a tile.
-        reads_pairs: Whether the kernel only reads the flat tensor, by `load_float`.
-        words: Whether it takes codes four columns at a time.
-    """
-    if not numel:
-        return
-    flat = arguments[0]
-    rows, tiles, ragged = _tiles(numel, group_size, flat.element_size(), sub_blocks)
-    code_view = code_words if words else as_it_is
-    with on_device(flat):
-        if tiles > ragged:
-            views = (as_pairs if reads_pairs else as_words, code_view)
-            launch(kernel, tiles - ragged, views, (*arguments, 0), (*constants, rows, False))
-        if ragged:
-            launch(kernel, 1, (as_words, code_view), (*arguments, tiles - 1), (*constants, rows, True))
-
-
-@lru_cache(maxsize=1024)
-def _tiles(numel: int, group_size: int, itemsize: int, sub_blocks: int) -> tuple[int, int, bool]:
-    """Rows of a tile, number of tiles, and whether the tensor ends within a group."""
-    groups = -(-numel // group_size)
-    # A tile holds whole blocks of signs: 128 elements each.
-    rows = max(groups_per_program(groups, group_size, itemsize, sub_blocks), 128 // group_size)
-    return rows, -(-groups // rows), numel % group_size > 0
-
-
-def launch(
-    kernel: Any,
-    programs: int,
-    views: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
-    arguments: tuple[Any, ...],
-    constants: tuple[Any, ...],
-) -> None:
-    """Run a kernel, by what Triton compiled for the same case before if that is certain to fit.
+class Case:
+    """A kernel for one dtype, one device and one set of constants.
 
     Triton's own launcher binds, specialises and hashes every argument anew: about 9 us of the host's time. What it
     specialises for are the dtypes, the constants, and the alignment of each pointer to 16 bytes; integers it does not.
 
     Args:
-        kernel: A Triton function whose integers are `do_not_specialize`.
-        programs: Size of the grid.
-        views: How the kernel is to see the first two tensors; for what is launched directly only addresses count.
-        arguments: Tensors, the flat one first, then integers.
-        constants: What the kernel is compiled for.
+        kernel: A Triton function of tensors, numbers, which are `do_not_specialize`, and constants.
+        constants: What it is compiled for.
+        views: How it is to see the first two tensors; for what is launched directly only addresses count.
+        device: Index of the device.
     """
-    flat = arguments[0]
-    device, bits = flat.get_device(), 0
-    pointers = list(arguments)
-    for place, argument in enumerate(arguments):
-        if not isinstance(argument, Tensor):
-            break
-        pointers[place] = pointer = argument.data_ptr()
-        # A tensor elsewhere is for Triton's launcher to refuse.
-        bits |= pointer if argument.get_device() == device else 1
-    aligned = not bits % _VECTOR_BYTES
-    case = (id(kernel), flat.dtype, device, constants)
-    compiled = _compiled.get(case) if aligned else None
-    if compiled is not None:
-        try:
-            compiled[(programs, 1, 1)](*pointers, *constants)
+
+    def __init__(self, kernel: Any, constants: tuple[Any, ...], views: Views, device: int) -> None:
+        self._kernel = kernel
+        self._constants = constants
+        self._views = views
+        self._device = device
+        self._compiled: Any = None
+        self._launcher: Callable[..., None] | None = None
+        self._refused = False
+
+    def launch(self, programs: int, tensors: tuple[Tensor, ...], numbers: tuple[float, ...]) -> None:
+        """Run the kernel, by what Triton compiled before if that is certain to fit.
+
+        Args:
+            programs: Size of the grid.
+            tensors: The first of this case's dtype, on its device.
+            numbers: What the kernel takes after the tensors.
+        """
+        device, bits = self._device, 0
+        arguments: list[Any] = []
+        for tensor in tensors:
+            pointer = tensor.data_ptr()
+            arguments.append(pointer)
+            # A tensor elsewhere is for Triton's launcher to refuse.
+            bits |= pointer if tensor.get_device() == device else 1
+        aligned, compiled = not bits % _ALIGNMENT_BYTES, self._compiled
+        if not aligned or compiled is None:
+            self._launch_by_triton(programs, tensors, numbers, aligned)
             return
+        active = driver.active
+        if active.get_current_device() != device:
+            with torch.cuda.device(device):
+                self.launch(programs, tensors, numbers)
+            return
+        arguments += numbers
+        arguments += self._constants
+        try:
+            if self._launcher is None or _hooked():
+                compiled[(programs, 1, 1)](*arguments)
+            else:  # as that does, less what only the hooks read
+                handles = active.get_current_stream(device), compiled.function, compiled.packed_metadata
+                self._launcher(programs, 1, 1, *handles, None, None, None, *arguments)
         except TypeError:
             # Another Triton, whose launcher takes other arguments: it says so before it launches anything.
-            _compiled[case] = None
-    first, second = (view(argument) for view, argument in zip(views, arguments, strict=False))
-    compiled = kernel[(programs,)](first, second, *arguments[2:], *constants, **EXACT)
-    if aligned and _reusable(flat):
-        _compiled.setdefault(case, compiled)
+            self._compiled, self._refused = None, True
+            self._launch_by_triton(programs, tensors, numbers, aligned)
+
+    def _launch_by_triton(
+        self, programs: int, tensors: tuple[Tensor, ...], numbers: tuple[float, ...], aligned: bool
+    ) -> None:
+        first, second = (view(tensor) for view, tensor in zip(self._views, tensors, strict=False))
+        with on_device(first):
+            compiled = self._kernel[(programs,)](first, second, *tensors[2:], *numbers, *self._constants, **EXACT)
+        if aligned and not self._refused and _reusable(first):
+            self._keep(compiled)
+
+    def _keep(self, compiled: Any) -> None:
+        self._compiled = compiled
+        self._launcher = compiled.run if _TRITON <= _LAST_KNOWN else None
+
+
+@cache
+def case_of(kernel: Any, constants: tuple[Any, ...], views: Views, dtype: torch.dtype, device: int) -> Case:
+    """The one case of these; see `Case`."""
+    return Case(kernel, constants, views, device)
+
+
+def _hooked() -> bool:
+    """Whether somebody wants to be called around each launch."""
+    enter, leave = _HOOKS.launch_enter_hook, _HOOKS.launch_exit_hook
+    # None where nobody has asked, or in later versions an empty chain.
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def _reusable(flat: Tensor) -> bool:
@@ -150,10 +128,14 @@ def _reusable(flat: Tensor) -> bool:
     return flat.is_cuda and torch.version.hip is None and not INTERPRETED and _TRITON >= (3, 3)
 
 
-def elements_per_program(elements: int) -> int:
-    """Width of a one-dimensional tile, a power of two."""
-    widest = _TILE_ELEMENTS_INTERPRETED if INTERPRETED else _BYTES_PER_PROGRAM
-    return min(widest, 1 << (elements - 1).bit_length())
+def on_device(t: Tensor) -> AbstractContextManager[object]:
+    """Make t's device current: Triton launches there, wherever its arguments are."""
+    index = t.get_device()
+    # `get_device_module` takes longer than the rest of this.
+    if index < 0 or index == (torch.cuda if t.is_cuda else torch.get_device_module(t.device)).current_device():
+        return _HERE
+    context: AbstractContextManager[object] = torch.get_device_module(t.device).device(t.device)
+    return context
 
 
 def as_words(flat: Tensor) -> Tensor:
@@ -166,16 +148,6 @@ def as_pairs(flat: Tensor) -> Tensor:
     if flat.dtype != torch.bfloat16 or flat.data_ptr() % 4:
         return as_words(flat)
     return flat[: flat.numel() // 2 * 2].view(torch.int32)
-
-
-def on_device(t: Tensor) -> AbstractContextManager[object]:
-    """Make t's device current: Triton launches there, wherever its arguments are."""
-    index = t.get_device()
-    # `get_device_module` takes longer than the rest of this.
-    if index < 0 or index == (torch.cuda if t.is_cuda else torch.get_device_module(t.device)).current_device():
-        return _HERE
-    context: AbstractContextManager[object] = torch.get_device_module(t.device).device(t.device)
-    return context
 
 
 def as_it_is(t: Tensor) -> Tensor:

@@ -4,12 +4,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import as_bytes, as_it_is, elements_per_program, launch, on_device
+from .launch import Case, as_bytes, as_it_is, case_of
+from .tiles import elements_per_program
 
 
 def encode(flat: Tensor) -> Tensor:
@@ -18,9 +21,8 @@ def encode(flat: Tensor) -> Tensor:
     size = -(-numel // 8)
     packed = flat.new_empty(size, dtype=torch.uint8)
     if size:
-        width = elements_per_program(size)
-        with on_device(flat):
-            launch(_encode, -(-size // width), (as_bytes, as_it_is), (flat, packed, numel, size), (width,))
+        case, programs = _launch(True, size, flat.get_device())
+        case.launch(programs, (flat, packed), (numel, size))
     return packed
 
 
@@ -28,10 +30,20 @@ def decode(packed: Tensor, numel: int) -> Tensor:
     """As `reference.mask.decode`."""
     flat, size = packed.new_empty(numel, dtype=torch.bool), packed.numel()
     if numel:
-        width = elements_per_program(size)
-        with on_device(packed):
-            launch(_decode, -(-size // width), (as_it_is, as_bytes), (packed, flat, numel, size), (width,))
+        case, programs = _launch(False, size, packed.get_device())
+        case.launch(programs, (packed, flat), (numel, size))
     return flat
+
+
+@lru_cache(maxsize=1024)
+def _launch(encodes: bool, size: int, device: int) -> tuple[Case, int]:
+    """What runs for this many bytes, and the number of programs."""
+    width = elements_per_program(size)
+    if encodes:
+        case = case_of(_encode, (width,), (as_bytes, as_it_is), torch.bool, device)
+    else:
+        case = case_of(_decode, (width,), (as_it_is, as_bytes), torch.uint8, device)
+    return case, -(-size // width)
 
 
 @triton.jit(do_not_specialize=["numel", "plane_size"])

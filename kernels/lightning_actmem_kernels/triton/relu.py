@@ -24,8 +24,8 @@ from .lanes import (
     store_lanes,
     upper_half,
 )
-from .launch import launch_tiles
 from .noise import group_noise, noise_word
+from .tiles import TiledKernel
 from .values import groups_of_tile, inverse, is_finite, load_float, load_quads, step_bits, store_float
 
 
@@ -33,18 +33,15 @@ def encode(flat: Tensor, bits: int, group_size: int, rounding: str, key: int) ->
     """As `reference.relu.encode`."""
     codes = empty_codes(flat, bits, group_size)
     steps = codes.new_empty(codes.shape[0], dtype=torch.int16)
-    arguments = (flat, codes, steps, flat.numel(), key)
-    constants = (bits, reciprocal_below((1 << bits) - 2), group_size, rounding == "nearest")
-    launch_tiles(_encode, arguments, constants, flat.numel(), group_size, reads_pairs=True)
+    _ENCODE((flat, codes, steps), flat.numel(), (key,), group_size, bits, rounding)
     return codes, steps
 
 
 def decode(codes: Tensor, steps: Tensor, bits: int, rounding: str, key: int, numel: int, dtype: torch.dtype) -> Tensor:
     """As `reference.relu.decode`."""
     group_size = 8 * codes.shape[2]
-    flat = torch.empty(numel, dtype=dtype, device=codes.device)
-    constants = (bits, group_size, rounding == "dither", torch.finfo(dtype).tiny)
-    launch_tiles(_decode, (flat, codes, steps, numel, key), constants, numel, group_size)
+    flat = codes.new_empty(numel, dtype=dtype)
+    _DECODE((flat, codes, steps), numel, (key,), group_size, bits, rounding, dtype)
     return flat
 
 
@@ -159,3 +156,14 @@ def _restored(n: tl.tensor, fine: tl.tensor, shift: tl.tensor, floor: tl.tensor)
     value = tl.where(value < floor, floor, value)
     # 0 * step, not 0: NaN in a group without a step.
     return tl.where(n < 256.0, fine * 0.0, value)
+
+
+_ENCODE = TiledKernel(
+    _encode,
+    lambda group_size, bits, rounding: (bits, reciprocal_below((1 << bits) - 2), group_size, rounding == "nearest"),
+    reads_pairs=True,
+)
+_DECODE = TiledKernel(
+    _decode,
+    lambda group_size, bits, rounding, dtype: (bits, group_size, rounding == "dither", torch.finfo(dtype).tiny),
+)

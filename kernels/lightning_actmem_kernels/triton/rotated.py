@@ -16,8 +16,8 @@ from torch import Tensor
 from ..reference.grouped import empty_codes
 from ..reference.rotated import LEVELS, SQUARED_THRESHOLDS, TOO_LARGE_BITS
 from .hadamard import group_sum, hadamard
-from .launch import launch_tiles
 from .noise import sign_bytes
+from .tiles import TiledKernel
 from .values import flip, groups_of_tile, load_float, load_word, round_nearest, store_float, store_word
 
 _TOO_LARGE_BITS = tl.constexpr(TOO_LARGE_BITS)
@@ -27,26 +27,23 @@ def encode(flat: Tensor, bits: int, group_size: int, centre: bool, key: int) -> 
     """As `reference.rotated.encode`."""
     codes = empty_codes(flat, bits, group_size)
     scales = codes.new_empty(codes.shape[0], 1 + centre, dtype=torch.int16)
-    arguments = (flat, codes, scales, flat.numel(), key)
-    constants = (bits, group_size, centre, *_tables(bits))
-    launch_tiles(_encode, arguments, constants, flat.numel(), group_size, sub_blocks=8, reads_pairs=True, words=False)
+    _ENCODE((flat, codes, scales), flat.numel(), (key,), group_size, bits, centre)
     return codes, scales
 
 
 def decode(codes: Tensor, scales: Tensor, bits: int, key: int, numel: int, dtype: torch.dtype) -> Tensor:
     """As `reference.rotated.decode`."""
     group_size = 8 * codes.shape[2]
-    flat = torch.empty(numel, dtype=dtype, device=codes.device)
-    arguments = (flat, codes, scales, numel, key)
-    constants = (bits, group_size, scales.shape[1] == 2, *_tables(bits))
-    launch_tiles(_decode, arguments, constants, numel, group_size, sub_blocks=8, words=False)
+    flat = codes.new_empty(numel, dtype=dtype)
+    _DECODE((flat, codes, scales), numel, (key,), group_size, bits, scales.shape[1] == 2)
     return flat
 
 
-def _tables(bits: int) -> tuple[float, ...]:
-    """The 8 levels and 7 thresholds that the kernels take, zeros where a width has fewer."""
+def _constants(group_size: int, bits: int, centre: bool) -> tuple[float, ...]:
+    """Bits, size and whether there is a mean; the 8 levels and 7 thresholds, zeros where a width has fewer."""
     levels, thresholds = LEVELS[bits], SQUARED_THRESHOLDS[bits]
-    return levels + (0.0,) * (8 - len(levels)) + thresholds + (0.0,) * (7 - len(thresholds))
+    unused = (0.0,) * (8 - len(levels)), (0.0,) * (7 - len(thresholds))
+    return bits, group_size, centre, *levels, *unused[0], *thresholds, *unused[1]
 
 
 @triton.jit
@@ -334,3 +331,7 @@ def _decode(
     store_float(flat_ptr, start + 5 * C, _restored(x5, scale, mean, signs, 5, CENTRE), stored, numel, RAGGED)
     store_float(flat_ptr, start + 6 * C, _restored(x6, scale, mean, signs, 6, CENTRE), stored, numel, RAGGED)
     store_float(flat_ptr, start + 7 * C, _restored(x7, scale, mean, signs, 7, CENTRE), stored, numel, RAGGED)
+
+
+_ENCODE = TiledKernel(_encode, _constants, sub_blocks=8, reads_pairs=True, words=False)
+_DECODE = TiledKernel(_decode, _constants, sub_blocks=8, words=False)

@@ -28,8 +28,9 @@ from .lanes import (
     store_lanes,
     upper_half,
 )
-from .launch import AMD, launch_tiles
+from .launch import AMD
 from .noise import group_noise, noise_word
+from .tiles import TiledKernel
 from .values import groups_of_tile, inverse, load_float, load_quads, round_down, step_bits, store_float
 
 
@@ -37,18 +38,15 @@ def encode(flat: Tensor, bits: int, group_size: int, rounding: str, key: int) ->
     """As `reference.uniform.encode`."""
     codes = empty_codes(flat, bits, group_size)
     grids = codes.new_empty(codes.shape[0], dtype=torch.int32)
-    arguments = (flat, codes, grids, flat.numel(), key)
-    constants = (bits, reciprocal_below((1 << bits) - 1), group_size, rounding == "nearest")
-    launch_tiles(_encode, arguments, constants, flat.numel(), group_size, reads_pairs=True)
+    _ENCODE((flat, codes, grids), flat.numel(), (key,), group_size, bits, rounding)
     return codes, grids
 
 
 def decode(codes: Tensor, grids: Tensor, bits: int, rounding: str, key: int, numel: int, dtype: torch.dtype) -> Tensor:
     """As `reference.uniform.decode`."""
     group_size = 8 * codes.shape[2]
-    flat = torch.empty(numel, dtype=dtype, device=codes.device)
-    arguments = (flat, codes, grids, numel, key)
-    launch_tiles(_decode, arguments, (bits, group_size, rounding == "dither"), numel, group_size)
+    flat = codes.new_empty(numel, dtype=dtype)
+    _DECODE((flat, codes, grids), numel, (key,), group_size, bits, rounding)
     return flat
 
 
@@ -198,3 +196,11 @@ def _decode(
                 tl.fma(upper_half(odd), step, low),
             )
             store_float(flat_ptr, start + S * PARTS * WIDTH, x, stored, numel, RAGGED)
+
+
+_ENCODE = TiledKernel(
+    _encode,
+    lambda group_size, bits, rounding: (bits, reciprocal_below((1 << bits) - 1), group_size, rounding == "nearest"),
+    reads_pairs=True,
+)
+_DECODE = TiledKernel(_decode, lambda group_size, bits, rounding: (bits, group_size, rounding == "dither"))
