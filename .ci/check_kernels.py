@@ -24,7 +24,6 @@ from lightning_actmem_kernels.reference.bf16 import reciprocal_below
 from lightning_actmem_kernels.reference.bfp import largest_mantissa
 from lightning_actmem_kernels.reference.exponent import carry_and_shift
 from lightning_actmem_kernels.reference.fp8 import FORMATS
-from lightning_actmem_kernels.reference.rotated import LEVELS, SQUARED_THRESHOLDS
 from lightning_actmem_kernels.spec import WIDTHS
 from lightning_actmem_kernels.triton import bfp, fixed, fp8, launch, mask, relu, rotated, tiles, uniform
 
@@ -133,7 +132,6 @@ class Case:
 
     def compile(self, target: GPUTarget) -> Any:
         """The compiled kernel, as the launcher specialises it."""
-        levels, thresholds = LEVELS.get(self.bits, ()), SQUARED_THRESHOLDS.get(self.bits, ())
         constants = {"BITS": self.bits, "GROUP_SIZE": GROUP_SIZE, "ROWS": self.elements(target) // GROUP_SIZE}
         constants |= {
             "RAGGED": False,
@@ -143,8 +141,6 @@ class Case:
             "TINY": 2.0**-126,
         }
         constants |= {"RECIPROCAL": reciprocal_below((1 << self.bits) - (2 if self.codec == "relu" else 1))}
-        constants |= {f"L{i}": level for i, level in enumerate((*levels, *[0.0] * 8)[:8])}
-        constants |= {f"T{i}": threshold for i, threshold in enumerate((*thresholds, *[0.0] * 7)[:7])}
         if self.codec == "bfp":
             constants |= _scaled(largest_mantissa(self.bits))
         elif self.codec in FORMATS:

@@ -21,6 +21,14 @@ from .tiles import TiledKernel
 from .values import flip, groups_of_tile, load_float, load_word, round_nearest, store_float, store_word
 
 _TOO_LARGE_BITS = tl.constexpr(TOO_LARGE_BITS)
+# Level i of b bits is _Lbi, above the threshold _Tbi.
+(_L10,) = map(tl.constexpr, LEVELS[1])
+_L20, _L21 = map(tl.constexpr, LEVELS[2])
+_L30, _L31, _L32, _L33 = map(tl.constexpr, LEVELS[3])
+_L40, _L41, _L42, _L43, _L44, _L45, _L46, _L47 = map(tl.constexpr, LEVELS[4])
+(_T21,) = map(tl.constexpr, SQUARED_THRESHOLDS[2])
+_T31, _T32, _T33 = map(tl.constexpr, SQUARED_THRESHOLDS[3])
+_T41, _T42, _T43, _T44, _T45, _T46, _T47 = map(tl.constexpr, SQUARED_THRESHOLDS[4])
 
 
 def encode(flat: Tensor, bits: int, group_size: int, centre: bool, key: int) -> tuple[Tensor, Tensor]:
@@ -39,13 +47,6 @@ def decode(codes: Tensor, scales: Tensor, bits: int, key: int, numel: int, dtype
     return flat
 
 
-def _constants(group_size: int, bits: int, centre: bool) -> tuple[float, ...]:
-    """Bits, size and whether there is a mean; the 8 levels and 7 thresholds, zeros where a width has fewer."""
-    levels, thresholds = LEVELS[bits], SQUARED_THRESHOLDS[bits]
-    unused = (0.0,) * (8 - len(levels)), (0.0,) * (7 - len(thresholds))
-    return bits, group_size, centre, *levels, *unused[0], *thresholds, *unused[1]
-
-
 @triton.jit
 def _magnitude(x: tl.tensor) -> tl.tensor:
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -62,72 +63,105 @@ def _above(above: tl.tensor, code: tl.tensor, level: tl.tensor, HIGHER: tl.const
 
 
 @triton.jit
-def _quantise(
-    z: tl.tensor,
-    mean_square: tl.tensor,
-    BITS: tl.constexpr,
-    L0: tl.constexpr,
-    L1: tl.constexpr,
-    L2: tl.constexpr,
-    L3: tl.constexpr,
-    L4: tl.constexpr,
-    L5: tl.constexpr,
-    L6: tl.constexpr,
-    L7: tl.constexpr,
-    T0: tl.constexpr,
-    T1: tl.constexpr,
-    T2: tl.constexpr,
-    T3: tl.constexpr,
-    T4: tl.constexpr,
-    T5: tl.constexpr,
-    T6: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
+def _quantise(z: tl.tensor, mean_square: tl.tensor, BITS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """Codes, and |z| times the magnitude of their levels."""
     square = z * z
     code = ((z.to(tl.int32, bitcast=True) >> 31) & 1) << (BITS - 1)
-    level = tl.zeros(z.shape, tl.float32) + L0
+    level = tl.zeros(z.shape, tl.float32)
     # One threshold after another: a binary search takes as many instructions and keeps more of them in registers.
-    if BITS >= 2:
-        code, level = _above(square > mean_square * T0, code, level, L1)
-    if BITS >= 3:
-        code, level = _above(square > mean_square * T1, code, level, L2)
-        code, level = _above(square > mean_square * T2, code, level, L3)
-    if BITS >= 4:
-        code, level = _above(square > mean_square * T3, code, level, L4)
-        code, level = _above(square > mean_square * T4, code, level, L5)
-        code, level = _above(square > mean_square * T5, code, level, L6)
-        code, level = _above(square > mean_square * T6, code, level, L7)
+    if BITS == 1:
+        level += _L10
+    elif BITS == 2:
+        code, level = _above(square > mean_square * _T21, code, level + _L20, _L21)
+    elif BITS == 3:
+        code, level = _above(square > mean_square * _T31, code, level + _L30, _L31)
+        code, level = _above(square > mean_square * _T32, code, level, _L32)
+        code, level = _above(square > mean_square * _T33, code, level, _L33)
+    else:
+        code, level = _above(square > mean_square * _T41, code, level + _L40, _L41)
+        code, level = _above(square > mean_square * _T42, code, level, _L42)
+        code, level = _above(square > mean_square * _T43, code, level, _L43)
+        code, level = _above(square > mean_square * _T44, code, level, _L44)
+        code, level = _above(square > mean_square * _T45, code, level, _L45)
+        code, level = _above(square > mean_square * _T46, code, level, _L46)
+        code, level = _above(square > mean_square * _T47, code, level, _L47)
     return code, tl.abs(z) * level
 
 
 @triton.jit
-def _level(
-    code: tl.tensor,
-    BITS: tl.constexpr,
-    L0: tl.constexpr,
-    L1: tl.constexpr,
-    L2: tl.constexpr,
-    L3: tl.constexpr,
-    L4: tl.constexpr,
-    L5: tl.constexpr,
-    L6: tl.constexpr,
-    L7: tl.constexpr,
-) -> tl.tensor:
+def _level(code: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
     """Magnitude of the level of a code."""
     bit0 = (code & 1) != 0
     bit1 = (code & 2) != 0
     bit2 = (code & 4) != 0
     if BITS == 1:
-        level = tl.zeros(code.shape, tl.float32) + L0
+        level = tl.zeros(code.shape, tl.float32) + _L10
     elif BITS == 2:
-        level = tl.where(bit0, L1, L0)
+        level = tl.where(bit0, _L21, _L20)
     elif BITS == 3:
-        level = tl.where(bit1, tl.where(bit0, L3, L2), tl.where(bit0, L1, L0))
+        level = tl.where(bit1, tl.where(bit0, _L33, _L32), tl.where(bit0, _L31, _L30))
     else:
-        low = tl.where(bit1, tl.where(bit0, L3, L2), tl.where(bit0, L1, L0))
-        high = tl.where(bit1, tl.where(bit0, L7, L6), tl.where(bit0, L5, L4))
+        low = tl.where(bit1, tl.where(bit0, _L43, _L42), tl.where(bit0, _L41, _L40))
+        high = tl.where(bit1, tl.where(bit0, _L47, _L46), tl.where(bit0, _L45, _L44))
         level = tl.where(bit2, high, low)
     return level
+
+
+@triton.jit
+def _load(
+    flat_ptr: tl.tensor, group: tl.tensor, numel: tl.int64, GROUP_SIZE: tl.constexpr, RAGGED: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """The sub-blocks of each group."""
+    C: tl.constexpr = GROUP_SIZE // 8
+    x0 = load_float(flat_ptr, group, 0, numel, GROUP_SIZE, C, RAGGED, False)
+    x1 = load_float(flat_ptr, group, C, numel, GROUP_SIZE, C, RAGGED, False)
+    x2 = load_float(flat_ptr, group, 2 * C, numel, GROUP_SIZE, C, RAGGED, False)
+    x3 = load_float(flat_ptr, group, 3 * C, numel, GROUP_SIZE, C, RAGGED, False)
+    x4 = load_float(flat_ptr, group, 4 * C, numel, GROUP_SIZE, C, RAGGED, False)
+    x5 = load_float(flat_ptr, group, 5 * C, numel, GROUP_SIZE, C, RAGGED, False)
+    x6 = load_float(flat_ptr, group, 6 * C, numel, GROUP_SIZE, C, RAGGED, False)
+    x7 = load_float(flat_ptr, group, 7 * C, numel, GROUP_SIZE, C, RAGGED, False)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def _largest(
+    x0: tl.tensor,
+    x1: tl.tensor,
+    x2: tl.tensor,
+    x3: tl.tensor,
+    x4: tl.tensor,
+    x5: tl.tensor,
+    x6: tl.tensor,
+    x7: tl.tensor,
+) -> tl.tensor:
+    """The bits of the largest magnitude of each group: they order as floats do, with inf and NaN above all others."""
+    largest = tl.maximum(
+        tl.maximum(tl.maximum(_magnitude(x0), _magnitude(x1)), tl.maximum(_magnitude(x2), _magnitude(x3))),
+        tl.maximum(tl.maximum(_magnitude(x4), _magnitude(x5)), tl.maximum(_magnitude(x6), _magnitude(x7))),
+    )
+    return tl.max(largest, 1)
+
+
+@triton.jit
+def _rotated(
+    x0: tl.tensor,
+    x1: tl.tensor,
+    x2: tl.tensor,
+    x3: tl.tensor,
+    x4: tl.tensor,
+    x5: tl.tensor,
+    x6: tl.tensor,
+    x7: tl.tensor,
+    signs: tl.tensor,
+    ROWS: tl.constexpr,
+    C: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Groups with random signs, transformed."""
+    x0, x1, x2, x3 = flip(x0, signs, 0), flip(x1, signs, 1), flip(x2, signs, 2), flip(x3, signs, 3)
+    x4, x5, x6, x7 = flip(x4, signs, 4), flip(x5, signs, 5), flip(x6, signs, 6), flip(x7, signs, 7)
+    x0, x1, x2, x3, x4, x5, x6, x7 = hadamard(x0, x1, x2, x3, x4, x5, x6, x7, ROWS, C)
+    return x0, x1, x2, x3, x4, x5, x6, x7
 
 
 @triton.jit(do_not_specialize=["numel", "key", "first_tile"])
@@ -141,92 +175,39 @@ def _encode(
     BITS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     CENTRE: tl.constexpr,
-    L0: tl.constexpr,
-    L1: tl.constexpr,
-    L2: tl.constexpr,
-    L3: tl.constexpr,
-    L4: tl.constexpr,
-    L5: tl.constexpr,
-    L6: tl.constexpr,
-    L7: tl.constexpr,
-    T0: tl.constexpr,
-    T1: tl.constexpr,
-    T2: tl.constexpr,
-    T3: tl.constexpr,
-    T4: tl.constexpr,
-    T5: tl.constexpr,
-    T6: tl.constexpr,
     ROWS: tl.constexpr,
     RAGGED: tl.constexpr,
 ) -> None:
     C: tl.constexpr = GROUP_SIZE // 8
     tile = first_tile + tl.program_id(0)
     group, stored = groups_of_tile(first_tile, numel, GROUP_SIZE, ROWS)
-    x0 = load_float(flat_ptr, group, 0, numel, GROUP_SIZE, C, RAGGED, False)
-    x1 = load_float(flat_ptr, group, C, numel, GROUP_SIZE, C, RAGGED, False)
-    x2 = load_float(flat_ptr, group, 2 * C, numel, GROUP_SIZE, C, RAGGED, False)
-    x3 = load_float(flat_ptr, group, 3 * C, numel, GROUP_SIZE, C, RAGGED, False)
-    x4 = load_float(flat_ptr, group, 4 * C, numel, GROUP_SIZE, C, RAGGED, False)
-    x5 = load_float(flat_ptr, group, 5 * C, numel, GROUP_SIZE, C, RAGGED, False)
-    x6 = load_float(flat_ptr, group, 6 * C, numel, GROUP_SIZE, C, RAGGED, False)
-    x7 = load_float(flat_ptr, group, 7 * C, numel, GROUP_SIZE, C, RAGGED, False)
-
-    # Magnitudes of floats order as their bits do, with inf and NaN above all others.
-    largest = tl.maximum(
-        tl.maximum(tl.maximum(_magnitude(x0), _magnitude(x1)), tl.maximum(_magnitude(x2), _magnitude(x3))),
-        tl.maximum(tl.maximum(_magnitude(x4), _magnitude(x5)), tl.maximum(_magnitude(x6), _magnitude(x7))),
-    )
-    largest = tl.max(largest, 1)
+    x0, x1, x2, x3, x4, x5, x6, x7 = _load(flat_ptr, group, numel, GROUP_SIZE, RAGGED)
+    largest = _largest(x0, x1, x2, x3, x4, x5, x6, x7)
     sound = largest < _TOO_LARGE_BITS
     exponent = tl.minimum(tl.maximum(largest >> 23, 1), 253)
     unit = _power_of_two(exponent)
     shrink = _power_of_two(254 - exponent)[:, None]
-    x0 *= shrink
-    x1 *= shrink
-    x2 *= shrink
-    x3 *= shrink
-    x4 *= shrink
-    x5 *= shrink
-    x6 *= shrink
-    x7 *= shrink
-
+    x0, x1, x2, x3 = x0 * shrink, x1 * shrink, x2 * shrink, x3 * shrink
+    x4, x5, x6, x7 = x4 * shrink, x5 * shrink, x6 * shrink, x7 * shrink
     if CENTRE:
         mean = group_sum(x0, x1, x2, x3, x4, x5, x6, x7, ROWS, C) * (1.0 / GROUP_SIZE) * unit
         mean = tl.where(sound, round_nearest(mean), 0)
         tl.store(scales_ptr + 2 * group + 1, (mean >> 16).to(tl.int16), stored)
         shift = mean.to(tl.float32, bitcast=True)[:, None] * shrink
-        x0 -= shift
-        x1 -= shift
-        x2 -= shift
-        x3 -= shift
-        x4 -= shift
-        x5 -= shift
-        x6 -= shift
-        x7 -= shift
-
+        x0, x1, x2, x3 = x0 - shift, x1 - shift, x2 - shift, x3 - shift
+        x4, x5, x6, x7 = x4 - shift, x5 - shift, x6 - shift, x7 - shift
     signs = sign_bytes(key, tile, ROWS, C)
-    x0, x1, x2, x3, x4, x5, x6, x7 = hadamard(
-        flip(x0, signs, 0),
-        flip(x1, signs, 1),
-        flip(x2, signs, 2),
-        flip(x3, signs, 3),
-        flip(x4, signs, 4),
-        flip(x5, signs, 5),
-        flip(x6, signs, 6),
-        flip(x7, signs, 7),
-        ROWS,
-        C,
-    )
+    x0, x1, x2, x3, x4, x5, x6, x7 = _rotated(x0, x1, x2, x3, x4, x5, x6, x7, signs, ROWS, C)
     energy = group_sum(x0 * x0, x1 * x1, x2 * x2, x3 * x3, x4 * x4, x5 * x5, x6 * x6, x7 * x7, ROWS, C)
     mean_square = (energy * (1.0 / GROUP_SIZE))[:, None]
-    q0, p0 = _quantise(x0, mean_square, BITS, L0, L1, L2, L3, L4, L5, L6, L7, T0, T1, T2, T3, T4, T5, T6)
-    q4, p4 = _quantise(x4, mean_square, BITS, L0, L1, L2, L3, L4, L5, L6, L7, T0, T1, T2, T3, T4, T5, T6)
-    q2, p2 = _quantise(x2, mean_square, BITS, L0, L1, L2, L3, L4, L5, L6, L7, T0, T1, T2, T3, T4, T5, T6)
-    q6, p6 = _quantise(x6, mean_square, BITS, L0, L1, L2, L3, L4, L5, L6, L7, T0, T1, T2, T3, T4, T5, T6)
-    q1, p1 = _quantise(x1, mean_square, BITS, L0, L1, L2, L3, L4, L5, L6, L7, T0, T1, T2, T3, T4, T5, T6)
-    q5, p5 = _quantise(x5, mean_square, BITS, L0, L1, L2, L3, L4, L5, L6, L7, T0, T1, T2, T3, T4, T5, T6)
-    q3, p3 = _quantise(x3, mean_square, BITS, L0, L1, L2, L3, L4, L5, L6, L7, T0, T1, T2, T3, T4, T5, T6)
-    q7, p7 = _quantise(x7, mean_square, BITS, L0, L1, L2, L3, L4, L5, L6, L7, T0, T1, T2, T3, T4, T5, T6)
+    q0, p0 = _quantise(x0, mean_square, BITS)
+    q4, p4 = _quantise(x4, mean_square, BITS)
+    q2, p2 = _quantise(x2, mean_square, BITS)
+    q6, p6 = _quantise(x6, mean_square, BITS)
+    q1, p1 = _quantise(x1, mean_square, BITS)
+    q5, p5 = _quantise(x5, mean_square, BITS)
+    q3, p3 = _quantise(x3, mean_square, BITS)
+    q7, p7 = _quantise(x7, mean_square, BITS)
     inner = group_sum(p0, p1, p2, p3, p4, p5, p6, p7, ROWS, C)
     nonzero = inner > 0.0
     scale = tl.where(nonzero, tl.div_rn(energy, tl.where(nonzero, inner * (1.0 * GROUP_SIZE), 1.0)), 0.0)
@@ -240,21 +221,9 @@ def _encode(
 
 
 @triton.jit
-def _signed_level(
-    word: tl.tensor,
-    BITS: tl.constexpr,
-    S: tl.constexpr,
-    L0: tl.constexpr,
-    L1: tl.constexpr,
-    L2: tl.constexpr,
-    L3: tl.constexpr,
-    L4: tl.constexpr,
-    L5: tl.constexpr,
-    L6: tl.constexpr,
-    L7: tl.constexpr,
-) -> tl.tensor:
+def _signed_level(word: tl.tensor, BITS: tl.constexpr, S: tl.constexpr) -> tl.tensor:
     """Level of code S of each word."""
-    level = _level(word >> (BITS * S), BITS, L0, L1, L2, L3, L4, L5, L6, L7)
+    level = _level(word >> (BITS * S), BITS)
     sign = (word << (32 - BITS * (S + 1))) & -0x80000000
     return (level.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
@@ -280,21 +249,6 @@ def _decode(
     BITS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     CENTRE: tl.constexpr,
-    L0: tl.constexpr,
-    L1: tl.constexpr,
-    L2: tl.constexpr,
-    L3: tl.constexpr,
-    L4: tl.constexpr,
-    L5: tl.constexpr,
-    L6: tl.constexpr,
-    L7: tl.constexpr,
-    T0: tl.constexpr,
-    T1: tl.constexpr,
-    T2: tl.constexpr,
-    T3: tl.constexpr,
-    T4: tl.constexpr,
-    T5: tl.constexpr,
-    T6: tl.constexpr,
     ROWS: tl.constexpr,
     RAGGED: tl.constexpr,
 ) -> None:
@@ -304,14 +258,14 @@ def _decode(
     column = tl.arange(0, C)[None, :]
     word = load_word(codes_ptr, group[:, None] * (C * BITS) + column, BITS, C)
     x0, x1, x2, x3, x4, x5, x6, x7 = hadamard(
-        _signed_level(word, BITS, 0, L0, L1, L2, L3, L4, L5, L6, L7),
-        _signed_level(word, BITS, 1, L0, L1, L2, L3, L4, L5, L6, L7),
-        _signed_level(word, BITS, 2, L0, L1, L2, L3, L4, L5, L6, L7),
-        _signed_level(word, BITS, 3, L0, L1, L2, L3, L4, L5, L6, L7),
-        _signed_level(word, BITS, 4, L0, L1, L2, L3, L4, L5, L6, L7),
-        _signed_level(word, BITS, 5, L0, L1, L2, L3, L4, L5, L6, L7),
-        _signed_level(word, BITS, 6, L0, L1, L2, L3, L4, L5, L6, L7),
-        _signed_level(word, BITS, 7, L0, L1, L2, L3, L4, L5, L6, L7),
+        _signed_level(word, BITS, 0),
+        _signed_level(word, BITS, 1),
+        _signed_level(word, BITS, 2),
+        _signed_level(word, BITS, 3),
+        _signed_level(word, BITS, 4),
+        _signed_level(word, BITS, 5),
+        _signed_level(word, BITS, 6),
+        _signed_level(word, BITS, 7),
         ROWS,
         C,
     )
@@ -331,6 +285,10 @@ def _decode(
     store_float(flat_ptr, start + 5 * C, _restored(x5, scale, mean, signs, 5, CENTRE), stored, numel, RAGGED)
     store_float(flat_ptr, start + 6 * C, _restored(x6, scale, mean, signs, 6, CENTRE), stored, numel, RAGGED)
     store_float(flat_ptr, start + 7 * C, _restored(x7, scale, mean, signs, 7, CENTRE), stored, numel, RAGGED)
+
+
+def _constants(group_size: int, bits: int, centre: bool) -> tuple[int, ...]:
+    return bits, group_size, centre
 
 
 _ENCODE = TiledKernel(_encode, _constants, sub_blocks=8, reads_pairs=True, words=False)
