@@ -15,6 +15,7 @@ import triton
 
 from benchmarks import launch
 from lightning_actmem_kernels import CodecSpec, decode, encode
+from lightning_actmem_kernels.triton.launch import Case, as_it_is
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_zeros", "zeros", "clone", "contiguous"}
@@ -62,6 +63,24 @@ def test_afterwards_kernels_run():
     for backend in (None, "triton"):
         found, wanted = (encode(x, spec, key=1, backend=name) for name in (backend, "torch"))
         assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="only the CPU is taken for a GPU")
+def test_a_direct_launch_gives_the_launcher_what_triton_gives_it(monkeypatch):
+    """The installed Triton's own way, which its hooks ask for, differs in what only they read."""
+    launched = []
+    monkeypatch.setattr(launch.NoLaunch, "launch", lambda self, *arguments: launched.append(arguments))
+    case, tensors = Case(None, (4, True), (as_it_is, as_it_is), launch.no_device()), (torch.zeros(8), torch.zeros(4))
+    with launch.no_gpu():
+        for hooked in (False, False, True):  # the first one compiles
+            monkeypatch.setattr("lightning_actmem_kernels.triton.launch._hooked", lambda hooked=hooked: hooked)
+            case.launch(3, tensors, (8, -1))
+    direct, by_triton = launched
+    assert len(direct) == len(by_triton)
+    differing = [(ours, theirs) for ours, theirs in zip(direct, by_triton, strict=True) if ours != theirs]
+    assert len(differing) <= 3  # metadata, and hooks on either side
+    assert all(ours is None for ours, _ in differing)
+    assert direct[:3] == (3, 1, 1)
 
 
 class Calls:

@@ -7,7 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_actmem_kernels import CodecSpec, encode, ops
+from lightning_actmem_kernels import CodecSpec, decode, encode, ops
+from lightning_actmem_kernels.reference import uniform
 
 GRID = ("uniform", "relu", "bfp")
 
@@ -104,8 +105,19 @@ def test_fake_tensors_and_the_compiler_get_the_operator():
 
     @torch.compile(backend=backend, fullgraph=True)
     def packed(x):
-        return encode(x, spec, key=1)
+        payload = encode(x, spec, key=1)
+        return *payload, decode(payload, spec, numel=1000, dtype=x.dtype, key=1)
 
     x = torch.randn(1000)
-    assert all(map(torch.equal, packed(x), encode(x, spec, key=1)))
-    assert any(node.target is ops.uniform_encode for graph in graphs for node in graph.graph.nodes)
+    payload = encode(x, spec, key=1)
+    restored = decode(payload, spec, numel=1000, dtype=x.dtype, key=1)
+    assert all(map(torch.equal, packed(x), (*payload, restored)))
+    targets = {node.target for graph in graphs for node in graph.graph.nodes}
+    assert {ops.uniform_encode, ops.uniform_decode} <= targets
+
+
+def test_where_nobody_listens_the_module_of_the_backend_runs():
+    assert ops.implementation("uniform", "torch", torch.empty(1)) is uniform
+    with Listener():
+        assert ops.implementation("uniform", "torch", torch.empty(1)) is not uniform
+    assert ops.implementation("uniform", "torch", torch.nn.Parameter(torch.empty(1))) is not uniform
