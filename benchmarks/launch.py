@@ -44,7 +44,7 @@ SPECS = (
     CodecSpec("mask"),
 )
 LIMIT_US = 6.0
-CALLS, ROUNDS = 300, 60
+CALLS, ROUNDS = 100, 300
 CUDA_UNIT_BYTES = 512  # what PyTorch's allocator for CUDA rounds every tensor up to
 
 
