@@ -20,6 +20,7 @@ class Factor(NamedTuple):
         value: A tensor; ``None`` as long as the derivative is the same for all elements.
         bounds: A range that the value lies in whatever the root is, if there is one.
         own: Whether the value was made for the chain: nobody else writes to it.
+        from_leaf: Whether the root was a leaf of autograd's graph.
     """
 
     root: Tensor
@@ -28,16 +29,19 @@ class Factor(NamedTuple):
     value: Tensor | None = None
     bounds: Bounds | None = None
     own: bool = True
+    from_leaf: bool = False
 
     @staticmethod
     def of(root: Tensor) -> Factor:
         """The factor of a root itself."""
-        return Factor(root, (root._version, 0))
+        return Factor(root, (root._version, 0), from_leaf=root.is_leaf)
 
     @property
     def intact(self) -> bool:
-        """Whether neither root nor value has been changed in place."""
-        return self.versions == (self.root._version, _version(self.value))
+        """Whether neither root nor value has been changed in place, nor the root detached."""
+        root = self.root
+        attached = root.requires_grad and root.is_leaf == self.from_leaf
+        return attached and self.versions == (root._version, _version(self.value))
 
     def scaled(self, weight: float) -> Factor:
         """The factor of the result times a number."""
@@ -76,7 +80,8 @@ class Factor(NamedTuple):
         return self.weight if self.value is None else self.value * self.weight
 
     def _with(self, value: Tensor, bounds: Bounds | None = None, own: bool = True) -> Factor:
-        return Factor(self.root, (self.versions[0], value._version), self.weight, value, bounds, own)
+        versions = self.versions[0], value._version
+        return self._replace(versions=versions, value=value, bounds=bounds, own=own)
 
 
 class Chain(NamedTuple):

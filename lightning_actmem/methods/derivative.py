@@ -109,7 +109,7 @@ class DerivativeChains:
     def _chain(self, tensor: Tensor) -> Chain:
         """Return the chain that a tensor is the result of, or the one that begins with it."""
         found = self._open.get(id(tensor))
-        if found is None or found.version != tensor._version:
+        if found is None or found.version != tensor._version or tensor.is_leaf:  # a leaf: it has been detached in place
             return _root(tensor)
         observed = tensor._backward_hooks or tensor.retains_grad  # gradient has to pass through it
         if observed or not all(factor.intact for factor in found.chain.factors):
@@ -137,11 +137,12 @@ class DerivativeChains:
         """Tell the pack hook what the factors are; what plain autograd would keep is booked on the first own one."""
         declared = self._tracker.declared
         booked = False
-        for _, _, _, value, bounds, own in chain.factors:
+        for factor in chain.factors:
+            value, own = factor.value, factor.own
             if value is not None:
                 books, booked = own and not booked, booked or own
                 booking = (chain.charges, raw_bytes) if books else ((), 0)
-                declared[value.untyped_storage()._cdata] = Declared("derivative", bounds, own, result, *booking)
+                declared[value.untyped_storage()._cdata] = Declared("derivative", factor.bounds, own, result, *booking)
         try:
             yield
         finally:

@@ -122,6 +122,38 @@ def test_a_retained_graph_gives_the_same_twice() -> None:
     assert all(torch.equal(inside, grad) for grad in outside)
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_chain_does_not_go_past_a_result_that_was_detached_in_place(again: bool) -> None:
+    """As a recurrent network detaches its state: nothing of what comes after belongs to what was before."""
+    x, y = (torch.randn(SHAPE, requires_grad=True) for _ in range(2))
+
+    def step() -> Tensor:
+        state = torch.tanh(x * 1)
+        state.detach_().requires_grad_(again)
+        return torch.tanh(state * y).sum() + x.sum()
+
+    plain = torch.autograd.grad(step(), [x, y])
+    with engine_of().compress():
+        loss = step()
+    torch.testing.assert_close(torch.autograd.grad(loss, [x, y]), plain)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_chain_keeps_to_the_graph_when_its_root_is_detached_in_place(again: bool) -> None:
+    x = torch.randn(SHAPE, requires_grad=True)
+
+    def step() -> Tensor:
+        root = x.flip(0)
+        shifted = root + 1
+        root.detach_().requires_grad_(again)
+        return torch.tanh(shifted).sum()
+
+    plain = torch.autograd.grad(step(), x)
+    with engine_of().compress():
+        loss = step()
+    torch.testing.assert_close(torch.autograd.grad(loss, x), plain)
+
+
 @pytest.mark.parametrize("observe", ["retain_grad", "hook"])
 def test_gradients_of_observed_intermediates(observe: str) -> None:
     """A chain does not go past a result whose gradient somebody has asked for."""
