@@ -95,7 +95,9 @@ def _selu(input: Tensor, inplace: bool = False) -> Form | None:
 
 
 def _celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Form | None:
-    return None if inplace or alpha == 0 else _exponential_linear(input, alpha, 1.0, 1.0 / alpha)
+    if inplace or alpha <= 0:  # below 0 the derivative grows without bound
+        return None
+    return _exponential_linear(input, alpha, 1.0, 1.0 / alpha)
 
 
 def _exponential_linear(input: Tensor, alpha: float, scale: float, input_scale: float) -> Form:
