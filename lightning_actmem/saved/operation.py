@@ -41,12 +41,14 @@ PRODUCTS = frozenset("mul multiply addcmul lerp exp exp2 expm1 sin cos square er
 POWERS = frozenset(["pow", "float_power"])
 #: Save nothing but their arguments and tensors that they have computed: without autocast never a copy or a cast.
 ELEMENTWISE = RELU | ACTIVATIONS | PRODUCTS
+#: Divide by what they have computed of their input: rounded apart from each other, the two cancel no more.
+DIVIDING = frozenset("softsign local_response_norm".split())
 DROPOUTS = frozenset("dropout dropout1d dropout2d dropout3d feature_dropout native_dropout".split())
 #: Give what they drop another value than zero, one that depends on their settings.
 ALPHA_DROPOUTS = frozenset("alpha_dropout feature_alpha_dropout".split())
 PACKABLE = (
     LINEAR | MATMUL | RELU | ACTIVATIONS | NORMS | POOLS | PRODUCTS | POWERS | DROPOUTS | frozenset(["checkpoint"])
-)
+) - DIVIDING
 
 ATTENTION = frozenset("scaled_dot_product_attention softmax softmin gumbel_softmax".split())
 LOSS = frozenset(
@@ -133,9 +135,9 @@ def is_loss(operation: str) -> bool:
 
 def bears_rounding(operation: str, arguments: tuple[Any, ...]) -> bool:
     """Whether the operation's gradient stays finite and close when what it saved is rounded."""
-    if operation in POWERS:  # d(x^p) = p x^(p-1): below 1 it divides by x
+    if operation in POWERS:  # d(x^p) = p x^(p-1): below 1 it divides by x, and a root of what is rounded below 0 is NaN
         exponent = arguments[1] if len(arguments) > 1 else None
-        return isinstance(exponent, (int, float)) and exponent >= 1
+        return isinstance(exponent, (int, float)) and exponent >= 1 and float(exponent).is_integer()
     return operation in PACKABLE
 
 

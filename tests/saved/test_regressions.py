@@ -126,6 +126,23 @@ def test_the_floor_of_the_loss_holds_for_shared_inputs() -> None:
     assert relative_error(step, [x], bits=2, loss_bits=8) < 1e-3
 
 
+@pytest.mark.parametrize("exponent", [1.5, 2.5])
+def test_a_root_of_what_is_not_negative(exponent: float) -> None:
+    """Rounded, a number near zero may be negative, and a fractional power of that has no value."""
+    x = torch.randn(64, 64, requires_grad=True)
+    assert relative_error(lambda: (x * 1).abs().pow(exponent).sum(), [x], bits=8) < 1e-2
+
+
+@pytest.mark.parametrize("function", [F.softsign, lambda h: F.local_response_norm(h, 5, alpha=1.0)])
+@pytest.mark.parametrize("bits", [1, 8])
+def test_nothing_is_divided_by_what_is_rounded(function: Callable[[Tensor], Tensor], bits: int) -> None:
+    """Both divide by 1 + |x| or the like, which lies near zero, or below, where it is rounded among large numbers."""
+    x = torch.randn(4, 16, 8, 8) * torch.tensor([1, 1, 30, 1, 1, 30, 1, 1])
+    x.requires_grad_()
+    target = torch.randn(x.shape)
+    assert relative_error(lambda: (function(x * 1) * target).sum(), [x], bits=bits) == 0
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
