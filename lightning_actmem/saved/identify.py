@@ -245,7 +245,8 @@ class Identifier:
         codecs = self._codecs_of(operation, frame.layer)
         if frame.is_loss or ops.is_loss(operation):
             unread = self._unread(tensor, operation, role)
-            return unread or Verdict(operation, role, "loss", codecs.loss, least_bits=_bits(codecs.loss))
+            spec = codecs.loss if ops.bears_rounding_in_a_loss(operation, call.arguments) else None
+            return unread or Verdict(operation, role, "loss", spec, least_bits=_bits(spec))
         dropout = operation in ops.DROPOUTS or operation in ops.ALPHA_DROPOUTS
         if dropout and source is None and not tensor.requires_grad:
             return Verdict(operation, role, "packed", TWO_VALUED)

@@ -54,6 +54,11 @@ ATTENTION = frozenset("scaled_dot_product_attention softmax softmin gumbel_softm
 LOSS = frozenset(
     "cross_entropy log_softmax binary_cross_entropy binary_cross_entropy_with_logits kl_div nll_loss ctc_loss".split()
 )
+#: Of losses, those whose backward bears rounding: none of them divides by what it saved, or takes its logarithm.
+BEARING_LOSSES = frozenset(
+    "cross_entropy log_softmax nll_loss binary_cross_entropy_with_logits mse_loss l1_loss smooth_l1_loss huber_loss "
+    "soft_margin_loss multilabel_soft_margin_loss".split()
+)
 #: Fill their saved noise only after saving it: a copy taken when it is saved holds garbage (pytorch issue 193671).
 FILLED_LATER = frozenset(["rrelu", "rrelu_with_noise"])
 #: Reduce along one dimension and save positions in it.
@@ -139,6 +144,11 @@ def bears_rounding(operation: str, arguments: tuple[Any, ...]) -> bool:
         exponent = arguments[1] if len(arguments) > 1 else None
         return isinstance(exponent, (int, float)) and exponent >= 1 and float(exponent).is_integer()
     return operation in PACKABLE
+
+
+def bears_rounding_in_a_loss(operation: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether an operation bears the codec of losses: a ReLU has one of its own, which keeps its zeros."""
+    return operation in BEARING_LOSSES or (operation not in RELU and bears_rounding(operation, arguments))
 
 
 def index_bound(operation: str, source: Tensor) -> int | None:

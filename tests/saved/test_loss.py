@@ -66,3 +66,27 @@ def test_the_embedding_stores_nothing_of_its_own() -> None:
         model(ids).sum()
     rows = [row for site, row in engine.ledger.sites.items() if site.layer == "embedding"]
     assert [(row.kind, row.codec) for row in rows] == [("input", "exact")]
+
+
+class HingeLoss(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x - 0.5).sum() + x.square().add(0.01).log().sum()
+
+
+OTHER_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "probabilities": lambda x: F.binary_cross_entropy(x.clamp(1e-4, 1 - 1e-4), torch.full_like(x, 0.5)),
+    "variance": lambda x: F.gaussian_nll_loss(x, torch.zeros_like(x), x + 1e-3),
+    "rate": lambda x: F.poisson_nll_loss(x.abs() + 1e-3, torch.ones_like(x), log_input=False),
+    "own": HingeLoss(),
+}
+
+
+@pytest.mark.parametrize("loss_of", OTHER_LOSSES.values(), ids=OTHER_LOSSES.keys())
+def test_what_a_loss_divides_by_is_never_rounded(loss_of: Callable[[Tensor], Tensor]) -> None:
+    """At 8 bits the gradient of a binary cross-entropy was once 1e9 times too large."""
+    x = torch.rand(64, 64, requires_grad=True)
+    model = nn.ModuleList([loss_of]) if isinstance(loss_of, nn.Module) else None
+    with ActMemEngine(bits=8, loss_bits=8).compress(model):
+        loss = loss_of(x * 1)
+    packed, plain = (torch.autograd.grad(value, x)[0] for value in (loss, loss_of(x * 1)))
+    assert float((packed - plain).norm() / plain.norm()) < 0.05
