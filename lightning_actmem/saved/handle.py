@@ -62,6 +62,14 @@ class Kept:
         """Whether the tensor has been modified in place since it was saved."""
         return self._version is not None and self._tensor._version != self._version
 
+    def has(self, version: int, dtype: torch.dtype) -> bool:
+        """Whether it keeps this version of its storage, with elements of this type."""
+        return self._version == version and self._tensor.dtype == dtype
+
+    def segment(self, start: int, numel: int) -> Tensor:
+        """Return so many elements of the storage, as `restore` does the tensor."""
+        return self.restore().detach().as_strided((numel,), (1,), start)
+
     def restore(self) -> Tensor:
         """Return the tensor.
 
@@ -77,7 +85,7 @@ class Kept:
 
     def view(self, geometry: Geometry) -> Kept | None:
         """Return a handle of a view of the same storage, if this one keeps that version of it."""
-        if self._version != geometry.version or self._tensor.dtype != geometry.dtype:
+        if not self.has(geometry.version, geometry.dtype):
             return None
         if geometry == Geometry.of(self._tensor):
             return self

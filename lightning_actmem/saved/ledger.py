@@ -82,6 +82,11 @@ class SiteBytes:
     elements: int = 0
     step: int = -1
 
+    def take_back(self, saved_bytes: int, ledger: Ledger) -> None:
+        """Unbook bytes that one of the tensors takes no more, unless a later step has the row."""
+        if self.step == ledger._step:
+            self.saved_bytes -= saved_bytes
+
 
 @dataclass
 class Ledger:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from lightning_actmem_kernels import CodecSpec, Layout, decode
 
-from .ledger import Charge, Ledger
+from .ledger import Charge, Ledger, SiteBytes
 from .payload import EXACT_BITS, DecodeCache, Payload
+
+if TYPE_CHECKING:
+    from .handle import Kept
+
+# Differentiated by their result y alone: y (1 - y), 1 - y^2, y.
+_OWN_DERIVATIVE = frozenset("sigmoid tanh exp".split())
 
 
 class PackedFirst(Payload):
@@ -31,9 +39,10 @@ class PackedFirst(Payload):
     Attributes:
         version: Version of the storage's contents that it has.
         start: First element within the storage.
+        row: Where its bytes are booked by site, if they are.
     """
 
-    __slots__ = ("_layout", "_ledger", "_raw", "_raw_bytes", "_saved_bytes", "start", "version")
+    __slots__ = ("_exact", "_layout", "_ledger", "_raw", "_raw_bytes", "_saved_bytes", "row", "start", "version")
 
     def __init__(
         self,
@@ -63,6 +72,8 @@ class PackedFirst(Payload):
         self._layout = layout
         self._ledger = ledger
         self._raw: Charge | None = None
+        self._exact: Kept | None = None
+        self.row: SiteBytes | None = None
         self._saved_bytes = saved_bytes
         self._raw_bytes = raw_bytes
         if ledger._released:
@@ -78,6 +89,27 @@ class PackedFirst(Payload):
             # It takes them over: nothing is booked, nothing released.
             self._raw.raw_bytes, self._raw_bytes = self._raw_bytes, 0
         return self._raw
+
+    def give_way(self, kept: Kept) -> None:
+        """Let go of the code of a sigmoid's result, or the like, where somebody keeps the result itself.
+
+        A loss or a logarithm that follows divides by y, and the sigmoid's own y (1 - y) makes up for that only where it
+        is the same y: rounded, it made the gradient of a binary cross-entropy hundreds of times too large.
+        """
+        row = self.row
+        if row is None or row.site.role != "result" or row.site.operation not in _OWN_DERIVATIVE:
+            return
+        if self._exact is not None or not kept.has(self.version, self.dtype):
+            return
+        self._exact, self.tensors, self.bits = kept, (), EXACT_BITS
+        self.uses += 1  # `restore` is no longer to decode by itself
+        row.take_back(self._saved_bytes, self._ledger)
+        self._ledger._released.append((self._saved_bytes, 0, 0))
+        self._saved_bytes = 0
+
+    def decode(self) -> Tensor:
+        """Return the segment, 1-D; the same values every time."""
+        return super().decode() if self._exact is None else self._exact.segment(self.start, self.numel)
 
     def restore(self) -> Tensor:
         """Return the tensor: same dtype, shape, strides and device as the one that was saved."""

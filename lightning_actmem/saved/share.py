@@ -89,6 +89,10 @@ class StoredStorage:
                 self._raw = self._held
         if handle.versioned:
             self._kept = ref(handle)
+        for segment in self._segments:
+            payload = segment.payload()
+            if isinstance(payload, PackedFirst):
+                payload.give_way(handle)
 
     def add_packed(self, handle: PackedFirst) -> None:
         """Note a payload that holds the bytes of the storage too."""

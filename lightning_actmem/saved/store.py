@@ -292,7 +292,7 @@ class Store:
             ledger.packed_on_cpu = False
         handle = PackedFirst(tensors, spec, tensor, layout, key, self._backend, self.cache, ledger, saved_bytes, nbytes)
         self.shared.add_packed(storage, handle)
-        ledger.record(place, kind, spec.label, nbytes, saved_bytes, nbytes // tensor.element_size())
+        handle.row = ledger.record(place, kind, spec.label, nbytes, saved_bytes, nbytes // tensor.element_size())
         return handle
 
     def _encode(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -140,3 +141,44 @@ def test_a_plan_has_its_say(ledger: Ledger) -> None:
     handle = store.put_first(x, x.untyped_storage(), CODE)
     assert isinstance(handle, PackedFirst)
     assert handle.spec.bits == 8
+
+
+SIGMOID = Verdict("sigmoid", "result", "packed", CodecSpec("uniform", bits=4))
+LOSS = Verdict("binary_cross_entropy", "input", "loss")
+
+
+def test_a_sigmoid_reads_its_result_where_somebody_keeps_it(store: Store, ledger: Ledger) -> None:
+    y = torch.rand(32, 32).t()
+    storage = y.untyped_storage()
+    first = store.put_first(y, storage, SIGMOID)
+    kept = store.put(y[4:], storage, LOSS)
+    assert torch.equal(first.restore(), y)
+    assert first.restore().stride() == y.stride()
+    assert first.bits == 32
+    assert live_bytes(ledger) == (y.nbytes, y.nbytes)
+    assert sum(row.saved_bytes for row in ledger.rows) == y.nbytes
+    del kept
+    assert torch.equal(first.restore(), y)
+    assert live_bytes(ledger) == (y.nbytes, y.nbytes)
+    y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        first.restore()
+    del first
+    assert live_bytes(ledger) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("code", "change"),
+    [(CODE, lambda y: y), (SIGMOID, lambda y: y.mul_(2)), (SIGMOID, lambda y: y.view(torch.int32))],
+    ids=["an input", "changed", "another type"],
+)
+def test_the_code_stays_where_what_is_kept_is_something_else(
+    store: Store, code: Verdict, change: Callable[[Tensor], Tensor]
+) -> None:
+    y = torch.rand(1024)
+    first = store.put_first(y, y.untyped_storage(), code)
+    restored = first.restore()
+    kept = store.put(change(y), y.untyped_storage(), LOSS)
+    assert torch.equal(first.restore(), restored)
+    assert first.bits == 4
+    del kept
