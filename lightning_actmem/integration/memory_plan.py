@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,8 @@ class MemoryPlan:
         methods: The ways to train, plain first.
         layers: Stored bytes by layer, in the order of the forward pass.
         notes: What one has to know of some of them: what was checkpointed, which noise was measured.
+        unpredicted: Why there are no figures for a way to train, by its name: no bits could be chosen, or its blocks
+            cannot be checkpointed.
     """
 
     batch_size: int
@@ -75,6 +77,7 @@ class MemoryPlan:
     methods: tuple[MethodPlan, ...]
     layers: tuple[LayerPlan, ...]
     notes: tuple[str, ...] = ()
+    unpredicted: dict[str, str] = field(default_factory=dict)
 
     def method(self, name: str) -> MethodPlan:
         """Return the row of that name."""
@@ -106,6 +109,8 @@ class MemoryPlan:
         for method in self.methods:
             ends = [method.fixed_bytes, method.fixed_bytes + method.bytes_per_sample * largest]
             axes.plot([0, largest], [end / 2**30 for end in ends], label=method.name)
+        for name in self.unpredicted:
+            axes.plot([], [], " ", label=f"{name}: not predicted")
         if self.budget_bytes is not None:
             axes.axhline(self.budget_bytes / 2**30, color="black", linestyle="--", label="budget")
             axes.set_ylim(0, 1.2 * self.budget_bytes / 2**30)
@@ -131,7 +136,9 @@ class MemoryPlan:
             ]
             for method in self.methods
         ]
-        notes = [f"{note}." for note in self.notes]
+        rows += [[name, *("-" for _ in header[1:])] for name in self.unpredicted]
+        reasons = (f"{name}: not predicted, because {reason}" for name, reason in self.unpredicted.items())
+        notes = [f"{note}." for note in (*self.notes, *reasons)]
         return "\n".join([title, "", *_table(header, rows, 1), *notes, "", *self._layer_table()])
 
     def _layer_table(self) -> Iterator[str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
+from torch import nn
 
 from ..config import LOSSLESS_BITS, ActMemConfig, ConfigLike, given_settings
 from ..saved.ledger import BORROWED
@@ -41,7 +42,8 @@ def plan(
     Runs two real training steps with each of two small batches and continues the straight line through them. Stored
     bytes are exact where tensors fill whole groups in the small batches too; the peak is the more accurate the larger
     the small batches are, because the temporaries of packing stop growing from some size of tensor on. For ``noise``
-    the bits are chosen as a run would choose them, but by measuring on the small batches, with the weights of now.
+    the bits are chosen as a run would choose them, but by measuring on the small batches, with the weights of now. A
+    row that cannot be traced says why (`MemoryPlan.unpredicted`), and the others have their figures.
 
     Args:
         model: The module; its state is as before afterwards (`BatchTrials` says what of it).
@@ -66,34 +68,61 @@ def plan(
             ``noise`` is not above 0, or nothing matches ``checkpointed``.
         ActMemError: If the batch size cannot be set, or even the small batches do not fit.
     """
+    _check(trace, batch_size)
+    budget_bytes = None if budget is None else parse_bytes(budget)
+    cases = _cases(given_settings(config), bits, noise)
+    blocks = repeated_blocks(model) if checkpointed is None else matching(model, checkpointed) if checkpointed else None
+    tracer = Tracer(model, datamodule, trace, batch_arg_name, accelerator)
+    traced, unpredicted = _traced(tracer, cases, blocks or {})
+    target = batch_size or traced[PLAIN].batch_size
+    methods = tuple(_method(name, row, target, budget_bytes) for name, row in traced.items())
+    layers = tuple(_layers(traced, target))
+    return MemoryPlan(
+        target, budget_bytes, (trace[0], trace[1]), methods, layers, tuple(_notes(traced, blocks)), unpredicted
+    )
+
+
+def _check(trace: Sequence[int], batch_size: int | None) -> None:
     if len(trace) != 2 or not 0 < trace[0] < trace[1]:
         raise ValueError(f"trace must be exactly two batch sizes, the smaller one first, got {list(trace)}.")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}.")
+
+
+def _cases(given: Mapping[str, Any], bits: Sequence[int], noise: float | None) -> dict[str, ActMem]:
+    """Return what compresses in the rows by bits and by noise."""
     # Where tensors are makes no difference to what is stored, and the small batches may well run on the CPU.
-    given = {name: value for name, value in given_settings(config).items() if name not in _ADAPTING}
-    settings = {**given, "summary": False, "offload": False}
-    budget_bytes = None if budget is None else parse_bytes(budget)
+    settings = {name: value for name, value in given.items() if name not in _ADAPTING}
+    settings |= {"summary": False, "offload": False}
     cases = {f"{width} bits": ActMem({**settings, "bits": width}) for width in bits}
     if noise is not None and settings.get("codec") != "identity":
-        cases[f"noise={noise:g}"] = ActMem(
-            {**settings, "noise": noise, "bits": _first_bits(settings.get("bits"), bits)}
-        )
-    blocks = repeated_blocks(model) if checkpointed is None else matching(model, checkpointed) if checkpointed else None
-    tracer = Tracer(model, datamodule, trace, batch_arg_name, accelerator)
+        first = _first_bits(settings.get("bits"), bits)
+        cases[f"noise={noise:g}"] = ActMem({**settings, "noise": noise, "bits": first})
+    return cases
+
+
+def _traced(
+    tracer: Tracer, cases: Mapping[str, ActMem], blocks: Mapping[str, nn.Module]
+) -> tuple[dict[str, Traced], dict[str, str]]:
+    """Trace every way to train.
+
+    Returns:
+        What was traced, plain first, and why the others could not be, both by name.
+    """
     traced = {PLAIN: tracer.trace(), **{name: tracer.trace(actmem) for name, actmem in cases.items()}}
-    notes = [_noise_note(name, found) for name, found in traced.items() if found.reason or found.noise is not None]
+    unpredicted = {name: f"no bits could be chosen: {row.reason}" for name, row in traced.items() if row.reason}
     if blocks:
-        with checkpointing(blocks):
-            traced[CHECKPOINT] = tracer.trace()
-    if blocks is not None:
-        notes.append(_checkpoint_note(blocks))
-    target = batch_size or traced[PLAIN].batch_size
-    known = {name: found for name, found in traced.items() if not found.reason}
-    methods = [_method(name, found, target, budget_bytes) for name, found in known.items()]
-    return MemoryPlan(
-        target, budget_bytes, (trace[0], trace[1]), tuple(methods), tuple(_layers(known, target)), tuple(notes)
-    )
+        try:
+            with checkpointing(blocks):
+                traced[CHECKPOINT] = tracer.trace()
+        except Exception as error:  # whatever blocks do that cannot run twice: the other rows have their figures
+            unpredicted[CHECKPOINT] = _reason(error)
+    return {name: row for name, row in traced.items() if name not in unpredicted}, unpredicted
+
+
+def _reason(error: Exception) -> str:
+    """Return an error's name and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _first_bits(given: int | None, bits: Sequence[int]) -> int:
@@ -141,9 +170,15 @@ def _layers(traced: Mapping[str, Traced], batch_size: int) -> list[LayerPlan]:
     return list(layers.values())
 
 
+def _notes(traced: Mapping[str, Traced], blocks: Mapping[str, nn.Module] | None) -> Iterator[str]:
+    for name, row in traced.items():
+        if row.noise is not None:
+            yield _noise_note(name, row)
+    if blocks is not None:
+        yield _checkpoint_note(blocks)
+
+
 def _noise_note(name: str, traced: Traced) -> str:
-    if traced.reason:
-        return f"{name}: not predicted, because no bits could be chosen: {traced.reason}"
     bits = traced.reports[1].bits_per_element
     return (
         f"{name}: {bits:.2f} bits per element of an activation, noise {traced.noise:.3g} as measured, with the weights "
@@ -151,7 +186,7 @@ def _noise_note(name: str, traced: Traced) -> str:
     )
 
 
-def _checkpoint_note(blocks: Mapping[str, Any]) -> str:
+def _checkpoint_note(blocks: Mapping[str, nn.Module]) -> str:
     if not blocks:
         return (
             f"{CHECKPOINT}: none found; no class of blocks is repeated in a ModuleList or Sequential. Name what to "

@@ -114,9 +114,41 @@ class Uncuttable(Mlp):
 def test_a_noise_that_cannot_be_measured_is_said():
     made = plan(Uncuttable(depth=1), bits=(4,), checkpointed=(), trace=(32, 48))
     assert [method.name for method in made.methods] == ["plain", "4 bits"]
-    (note,) = made.notes
-    assert note.startswith("noise=0.05: not predicted, because no bits could be chosen: ValueError: no half batches")
-    assert note in made.render()
+    reason = made.unpredicted["noise=0.05"]
+    assert reason.startswith("no bits could be chosen: ValueError: no half batches")
+    assert f"noise=0.05: not predicted, because {reason}." in made.render()
+
+
+class Once(Mlp):
+    """Blocks that save something else every second time that they run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runs = 0
+        for block in self.net[1:4]:
+            block.norm.register_forward_hook(self.twist)
+
+    def twist(self, norm: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        self.runs += 1
+        return output.exp() if self.runs // 3 % 2 else output
+
+
+def test_blocks_that_cannot_be_checkpointed_cost_their_own_row_only(tmp_path, monkeypatch):
+    model = Once()
+    made = plan(model, bits=(4,), noise=None, budget="1GiB")
+    assert [method.name for method in made.methods] == ["plain", "4 bits"]
+    reason = made.unpredicted["checkpoint"]
+    assert reason.startswith("CheckpointError: torch.utils.checkpoint: ")
+    text = made.render()
+    assert re.search(r"^checkpoint( +-){5}$", text, re.MULTILINE)
+    assert f"checkpoint: not predicted, because {reason}." in text
+    made.save_json(tmp_path / "plan.json")
+    assert json.loads((tmp_path / "plan.json").read_text())["unpredicted"] == {"checkpoint": reason}
+    drawn = labels_drawn(monkeypatch)
+    made.save_figure("plan.png")
+    assert drawn == ["plain", "4 bits", "checkpoint: not predicted", "budget", "plan.png"]
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert is_untouched(model.trainer)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +220,8 @@ def test_a_figure_without_matplotlib(tmp_path, monkeypatch):
         made.save_figure(tmp_path / "plan.png")
 
 
-def test_a_figure_has_a_line_for_each_method(tmp_path, monkeypatch):
+def labels_drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What will be drawn instead of by matplotlib: labels, and the file at last."""
     drawn: list[Any] = []
     axes = types.SimpleNamespace(
         plot=lambda *a, label: drawn.append(label),
@@ -199,6 +232,11 @@ def test_a_figure_has_a_line_for_each_method(tmp_path, monkeypatch):
     )
     figure = types.SimpleNamespace(subplots=lambda: axes, savefig=drawn.append)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", types.SimpleNamespace(Figure=lambda **k: figure))
+    return drawn
+
+
+def test_a_figure_has_a_line_for_each_method(tmp_path, monkeypatch):
+    drawn = labels_drawn(monkeypatch)
     plan(Mlp(depth=2), bits=(4,), noise=None, budget="1GiB").save_figure("plan.png")
     assert drawn == ["plain", "4 bits", "checkpoint", "budget", "plan.png"]
 
