@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ from .errors import ActMemError
 from .memory import address_space_left
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+#: A block of this size, allocated and freed, divides the profiler's records; no tensor of numbers takes so many bytes.
+_MARK_BYTES = 1_000_003
 
 
 class PeakMeter:
@@ -29,6 +30,11 @@ class PeakMeter:
     Args:
         device: The device.
         held: On the CPU, bytes allocated before that stay: weights, buffers, optimizer state.
+
+    Attributes:
+        peak_bytes: The peak, after leaving.
+        moments: The peaks from the last `begin` to the next `mark`, from each `mark` to the next, and to the end;
+            empty without a `begin`.
 
     Raises:
         ActMemError: On entering, if the device cannot be measured, or a profiler is running already.
@@ -44,9 +50,13 @@ class PeakMeter:
 
     def __init__(self, device: torch.device, held: int = 0) -> None:
         self.peak_bytes = 0
+        self.moments: tuple[int, ...] = ()
         self._device = device
         self._held = held
         self._profiler: Any = None
+        self._ended: list[int] = []  # on a GPU, the moments that are over
+        self._marks = 0
+        self._begin: int | None = None
 
     def __enter__(self) -> PeakMeter:
         if self._device.type != "cpu":
@@ -65,11 +75,31 @@ class PeakMeter:
         _enable_record_function(False)
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        if self._profiler is None:
-            self.peak_bytes = int(self._allocator().max_memory_allocated(self._device))
+    def begin(self) -> None:
+        """Begin the moments anew."""
+        self.mark()
+        self._begin = self._marks
+
+    def mark(self) -> None:
+        """End one moment and begin the next."""
+        self._marks += 1
+        if self._profiler is not None:
+            torch.empty(_MARK_BYTES, dtype=torch.uint8)
             return
-        profiler, self._profiler = self._profiler, None
+        self._ended.append(int(self._allocator().max_memory_allocated(self._device)))
+        self._allocator().reset_peak_memory_stats(self._device)
+
+    def __exit__(self, *exception: Any) -> None:
+        peaks = self._ended if self._profiler is None else self._recorded(*exception)
+        if self._profiler is None:
+            peaks.append(int(self._allocator().max_memory_allocated(self._device)))
+        self._profiler = None
+        self.peak_bytes = max(peaks)
+        self.moments = () if self._begin is None else tuple(peaks[self._begin :])
+
+    def _recorded(self, *exception: Any) -> list[int]:
+        """End the profiler, and return the peaks of all moments."""
+        profiler = self._profiler
         _enable_record_function(True)
         with _quiet():
             profiler.__exit__(*exception)
@@ -78,7 +108,14 @@ class PeakMeter:
             for event in profiler.kineto_results.events()
             if event.name() == "[memory]" and event.device_type() == DeviceType.CPU
         )
-        self.peak_bytes = self._held + max(0, *accumulate(nbytes for _, nbytes in changes), 0)
+        peaks, held = [self._held], self._held
+        for _, nbytes in changes:
+            if nbytes == _MARK_BYTES:
+                peaks.append(held)
+            elif nbytes != -_MARK_BYTES:
+                held += nbytes
+                peaks[-1] = max(peaks[-1], held)
+        return peaks
 
     def _allocator(self) -> Any:
         module = torch.get_device_module(self._device)

@@ -28,6 +28,7 @@ class Trial:
         stored_bytes: Activation bytes stored for the backward pass, of those at the peak; ``None`` when unknown.
         out_of_memory: Whether memory ran out.
         samples: Samples that the steps really had, when the data did not give as many as asked for.
+        moments: The peaks of the last step's moments, one after the other; empty where they were not told apart.
     """
 
     batch_size: int
@@ -36,6 +37,7 @@ class Trial:
     stored_bytes: int | None = None
     out_of_memory: bool = False
     samples: int | None = None
+    moments: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

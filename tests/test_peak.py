@@ -40,6 +40,28 @@ def test_what_dies_before_does_not_count():
     assert meter.peak_bytes == MIB
 
 
+def test_the_moments_since_the_last_beginning():
+    with PeakMeter(CPU, held=5) as meter:
+        meter.begin()
+        mebibytes(9)
+        meter.begin()
+        kept = mebibytes(2)
+        mebibytes(4)
+        meter.mark()
+        meter.mark()
+        mebibytes(1)
+        del kept
+        meter.mark()
+    assert meter.moments == (6 * MIB + 5, 2 * MIB + 5, 3 * MIB + 5, 5)
+    assert meter.peak_bytes == 9 * MIB + 5
+
+
+def test_without_a_beginning_there_are_no_moments():
+    with PeakMeter(CPU) as meter:
+        mebibytes(1)
+    assert meter.moments == ()
+
+
 def test_a_profiler_that_runs_already_is_told():
     with profile(), pytest.raises(ActMemError, match="one is running already"), PeakMeter(CPU):
         pass

@@ -14,6 +14,7 @@ from ..errors import ActMemError
 from ..memory import human_bytes
 
 _MAX_ROWS = 20
+_STEPS = 100  # of a curve in the figure
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,15 @@ class MethodPlan:
 
     Args:
         name: ``"plain"``, ``"4 bits"``, ``"noise=0.05"``, ``"checkpoint"``.
-        fixed_bytes: Peak memory of no sample: weights, gradients, optimizer state, workspace.
-        bytes_per_sample: Peak memory that each sample adds.
+        fixed_bytes: Peak memory of no sample, as batches near the plan's have it: weights, gradients, optimizer state,
+            workspace.
+        bytes_per_sample: Peak memory that each sample adds there.
         stored_bytes: Largest number of activation bytes stored at one time, where the engine counts them.
         raw_bytes: The same for plain autograd.
         peak_bytes: Predicted peak for the plan's batch size.
         largest_batch: Largest batch size within the budget, where there is one and memory grows with the batch.
+        lines: Fixed bytes and bytes per sample of each moment of a step that is the peak of some batch size, from the
+            flattest to the steepest: the highest of them is the peak.
     """
 
     name: str
@@ -37,6 +41,7 @@ class MethodPlan:
     raw_bytes: int | None
     peak_bytes: int
     largest_batch: int | None
+    lines: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -106,9 +111,10 @@ class MemoryPlan:
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
         largest = max([2 * self.batch_size, *(method.largest_batch or 0 for method in self.methods)])
+        sizes = [largest * step / _STEPS for step in range(_STEPS + 1)]
         for method in self.methods:
-            ends = [method.fixed_bytes, method.fixed_bytes + method.bytes_per_sample * largest]
-            axes.plot([0, largest], [end / 2**30 for end in ends], label=method.name)
+            peaks = [max(fixed + each * size for fixed, each in method.lines) / 2**30 for size in sizes]
+            axes.plot(sizes, peaks, label=method.name)
         for name in self.unpredicted:
             axes.plot([], [], " ", label=f"{name}: not predicted")
         if self.budget_bytes is not None:

@@ -39,9 +39,10 @@ def plan(
 ) -> MemoryPlan:
     """Predict what training stores and takes at its peak: plain, packed, with bits by noise, and checkpointed.
 
-    Runs two real training steps with each of two small batches and continues the straight line through them. Stored
-    bytes are exact where tensors fill whole groups in the small batches too; the peak is the more accurate the larger
-    the small batches are, because the temporaries of packing stop growing from some size of tensor on. For ``noise``
+    Runs two real training steps with each of two small batches and continues the straight line through them: for the
+    peak one line for each moment of a step, the highest of which counts. Stored bytes are exact where tensors fill
+    whole groups in the small batches too; the peak is the more accurate the larger the small batches are, because the
+    temporaries of packing stop growing from some size of tensor on. For ``noise``
     the bits are chosen as a run would choose them, but by measuring on the small batches, with the weights of now. A
     row that cannot be traced says why (`MemoryPlan.unpredicted`), and the others have their figures.
 
@@ -137,7 +138,8 @@ def _first_bits(given: int | None, bits: Sequence[int]) -> int:
 
 
 def _method(name: str, traced: Traced, batch_size: int, budget_bytes: int | None) -> MethodPlan:
-    line = traced.line
+    envelope = traced.envelope
+    line = envelope.at(batch_size)
     stored = raw = None
     if traced.reports:
         first, second = traced.reports
@@ -150,7 +152,8 @@ def _method(name: str, traced: Traced, batch_size: int, budget_bytes: int | None
         stored,
         raw,
         line.peak_bytes(batch_size),
-        None if budget_bytes is None else line.largest(budget_bytes),
+        None if budget_bytes is None else envelope.largest(budget_bytes),
+        tuple((round(each.fixed_bytes), each.bytes_per_sample) for each in envelope.lines),
     )
 
 

@@ -13,8 +13,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from ..adapt.adapter import Adapter
 from ..engine import ActMemEngine
+from ..envelope import Envelope
 from ..errors import ActMemError
-from ..predict import Line, Trial
+from ..predict import Trial
 from ..report import StepReport
 from .adaptation import CHECK_FACTOR, MAX_PASSES
 from .callback import ActMem
@@ -46,9 +47,9 @@ class Traced:
     reason: str = ""
 
     @property
-    def line(self) -> Line:
+    def envelope(self) -> Envelope:
         """Peak memory over the batch size."""
-        return Line.through(*self.trials)
+        return Envelope.through(*self.trials)
 
     def at(self, batch_size: int, first: int, second: int) -> int:
         """Continue the line through two figures, in whole numbers: exact for what is exactly linear."""
@@ -141,7 +142,7 @@ class _Probe(Callback):
         self.traced = Traced((found[0], found[1]), tuple(reports), trials.batch_size, noise, reason)
 
     def _run(self, trials: BatchTrials, batch_size: int) -> Trial:
-        trial = trials.run(batch_size)
+        trial = trials.run(batch_size, moments=True)
         if trial.out_of_memory:
             raise ActMemError(
                 f"memory ran out with the small batches {list(self._trace)}. Give smaller ones as trace."

@@ -32,6 +32,7 @@ from .kept import (
     quiet_trainer,
     silent_lightning,
 )
+from .moments import told_moments
 from .shadow import shadow
 
 # The first trials run twice: tables and workspaces that are made once are no sample's.
@@ -115,11 +116,12 @@ class BatchTrials:
         lengths = [len(loader.sampler) for loader in self._loaders() if not isinstance(loader.dataset, IterableDataset)]
         return min(lengths, default=None)
 
-    def run(self, batch_size: int) -> Trial:
+    def run(self, batch_size: int, *, moments: bool = False) -> Trial:
         """Train some steps with a batch size.
 
         Args:
             batch_size: Samples per step.
+            moments: Whether to tell the peaks of the last step's moments apart; not of resident memory.
 
         Returns:
             What it took; the largest over all processes.
@@ -141,7 +143,10 @@ class BatchTrials:
         self._sizes.clear()
         held = held_bytes(self._model, self._trainer.optimizers) + self._bucket_bytes()
         meter = ResidentMeter(held) if self._resident else PeakMeter(self.device, held)
-        self._attempt(batch_size, meter)
+        with ExitStack() as stack:
+            if moments and isinstance(meter, PeakMeter):
+                stack.enter_context(told_moments(self._trainer, meter.begin, meter.mark))
+            self._attempt(batch_size, meter)
         out_of_memory = self._failed
         resting = held_bytes(self._model, self._trainer.optimizers) + self._bucket_bytes()
         self._forget_gradients()
@@ -150,7 +155,9 @@ class BatchTrials:
         # The last step may have had what is left over at the end of an epoch.
         is_whole = limit is None or limit >= _STEPS * batch_size or limit == batch_size
         stored = self._engine.ledger.peak_saved_bytes if self._engine and is_whole and not out_of_memory else None
-        return self._agreed(Trial(batch_size, peak, resting, stored, out_of_memory, self._short_of(batch_size)))
+        is_last_whole = not self._sizes or self._sizes[-1] == max(self._sizes)
+        told = meter.moments if isinstance(meter, PeakMeter) and is_last_whole and not out_of_memory else ()
+        return self._agreed(Trial(batch_size, peak, resting, stored, out_of_memory, self._short_of(batch_size), told))
 
     def _attempt(self, batch_size: int, context: AbstractContextManager[Any]) -> None:
         try:

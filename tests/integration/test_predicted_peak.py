@@ -78,20 +78,22 @@ class Wrapped(LightningModule):
 
 
 def predicted_and_measured(model: Wrapped, actmem: Callable[[], ActMem | None]) -> tuple[int, int]:
-    """The peak of the largest batch: by the line through a quarter and half of it, and as it is."""
+    """The peak of the largest batch: by the lines through a quarter and half of it, and as it is."""
     small = model.batch_size
-    predicted = Tracer(model, None, (small, 2 * small), "batch_size", "cpu").trace(actmem()).line.peak_bytes(4 * small)
+    predicted = (
+        Tracer(model, None, (small, 2 * small), "batch_size", "cpu").trace(actmem()).envelope.peak_bytes(4 * small)
+    )
     measured = Tracer(model, None, (2 * small, 4 * small), "batch_size", "cpu").trace(actmem()).trials[1].peak_bytes
     return predicted, measured
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["plain", "4 bits", "checkpoint"])
+@pytest.mark.parametrize("way", ["plain", "8 bits", "4 bits", "2 bits", "checkpoint"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_predicted_peak_is_within_five_percent_of_the_measured_one(name, way):
     model = Wrapped(MODELS[name])
     with checkpointing(repeated_blocks(model) if way == "checkpoint" else {}):
         predicted, measured = predicted_and_measured(
-            model, lambda: ActMem(bits=4, summary=False) if way == "4 bits" else None
+            model, lambda: ActMem(bits=int(way[0]), summary=False) if way.endswith("bits") else None
         )
     assert predicted == pytest.approx(measured, rel=PEAK_ERROR)
