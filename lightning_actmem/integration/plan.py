@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import nn
@@ -66,12 +65,12 @@ def plan(
 
     Raises:
         ValueError: If ``budget`` is no amount, ``trace`` is not two growing sizes, ``batch_size`` is not positive,
-            ``noise`` is not above 0, or nothing matches ``checkpointed``.
+            ``noise`` is not above 0, ``config`` is not allowed, or nothing matches ``checkpointed``.
         ActMemError: If the batch size cannot be set, or even the small batches do not fit.
     """
     _check(trace, batch_size)
     budget_bytes = None if budget is None else parse_bytes(budget)
-    cases = _cases(given_settings(config), bits, noise)
+    cases = _cases(config, bits, noise)
     blocks = repeated_blocks(model) if checkpointed is None else matching(model, checkpointed) if checkpointed else None
     tracer = Tracer(model, datamodule, trace, batch_arg_name, accelerator)
     traced, unpredicted = _traced(tracer, cases, blocks or {})
@@ -90,10 +89,11 @@ def _check(trace: Sequence[int], batch_size: int | None) -> None:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}.")
 
 
-def _cases(given: Mapping[str, Any], bits: Sequence[int], noise: float | None) -> dict[str, ActMem]:
+def _cases(config: ConfigLike, bits: Sequence[int], noise: float | None) -> dict[str, ActMem]:
     """Return what compresses in the rows by bits and by noise."""
+    ActMemConfig.load(config)  # refuses what is wrong with settings that the rows leave out, too
     # Where tensors are makes no difference to what is stored, and the small batches may well run on the CPU.
-    settings = {name: value for name, value in given.items() if name not in _ADAPTING}
+    settings = {name: value for name, value in given_settings(config).items() if name not in _ADAPTING}
     settings |= {"summary": False, "offload": False}
     cases = {f"{width} bits": ActMem({**settings, "bits": width}) for width in bits}
     if noise is not None and settings.get("codec") != "identity":

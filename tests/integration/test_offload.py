@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_actmem import ActMem, ActMemError, ActMemStrategy, StepReport, plan
+from lightning_actmem import ActMem, ActMemBatchSizeFinder, ActMemError, ActMemStrategy, StepReport, plan
 from lightning_actmem.integration.summary import render_plain, summarize
 from lightning_actmem.saved.offload import Offload
 from lightning_actmem.saved.transport import CudaTransport, Transport
@@ -46,6 +47,20 @@ def test_on_the_cpu_the_run_ends_before_it_begins(build: Any, offload: Any) -> N
     with pytest.raises(ActMemError, match=r"offload moves packed tensors .*(no CUDA|run on 'cpu').* offload=False"):
         fit(model, **placed)
     assert model.seen == []
+
+
+@pytest.mark.parametrize("build", [ActMemBatchSizeFinder, BatchSizeFinder])
+@pytest.mark.parametrize("finder_is_first", [False, True])
+@pytest.mark.parametrize("way", ["callback", "strategy"])
+def test_no_batch_size_is_looked_for_with_it_on_the_cpu(build: Any, finder_is_first: bool, way: str) -> None:
+    model = Net(batch_size=4)
+    actmem = [ActMem(offload="1MiB")] if way == "callback" else []
+    placed = {"strategy": ActMemStrategy(offload="1MiB")} if way == "strategy" else {}
+    callbacks: list[Callback] = [build(), *actmem] if finder_is_first else [*actmem, build()]
+    with pytest.raises(ActMemError, match=r"offload moves packed tensors .*(no CUDA|run on 'cpu').* offload=False"):
+        fit(model, callbacks=callbacks, **placed)
+    assert model.seen == []
+    assert model.batch_size == 4
 
 
 def test_settings_for_a_gpu_do_no_harm_elsewhere() -> None:

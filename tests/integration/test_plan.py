@@ -252,6 +252,9 @@ def test_a_figure_has_a_line_for_each_method(tmp_path, monkeypatch):
         ({"trace": (32, 4096)}, ActMemError, "within the 2048 samples of the data"),
         ({"checkpointed": ["nothing"]}, ValueError, "must match submodules of the model, got \\['nothing'\\]"),
         ({"budget": "lots"}, ValueError, "like '4GiB'"),
+        ({"config": {"offload": "lots"}}, ValueError, "offload must be true, false or the bytes .* got 'lots'"),
+        ({"config": {"offload": 0.5}}, TypeError, "offload: Value '0.5' of type 'float'"),
+        ({"config": {"adapt_every": -1}}, ValueError, "adapt_every must be 0 or more, got -1"),
         ({"batch_arg_name": "samples_per_step"}, ActMemError, "attribute 'samples_per_step'"),
     ],
 )
