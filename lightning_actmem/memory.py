@@ -41,6 +41,10 @@ _OUT_OF_MEMORY = (
     "miopenstatusallocfailed",
 )
 
+#: From this size on freed memory goes back at once: what glibc begins with.
+_RETURNED_BYTES = 128 * 1024
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
+
 
 def human_bytes(count: int) -> str:
     """Return a byte count in a unit of 1024 with one decimal, or exactly below 1 KiB.
@@ -102,6 +106,22 @@ def collect() -> None:
 def _malloc_trim() -> Callable[[int], int] | None:
     """Glibc's way to give freed memory back to the system: else it counts as used where memory runs out."""
     return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
+def return_freed_memory() -> bool:
+    """Have glibc give freed tensors back to the system at once, in this process from now on.
+
+    By itself it takes every freed tensor of up to 32 MiB for a reason to keep the next one of that size, and what it
+    keeps falls into fragments: of a residual MLP whose tensors took 55 MiB at their peak the process held 401 MiB after
+    20 steps, and more with every hundred. Steps take longer for it, in that MLP of small layers three times as long.
+
+    Returns:
+        Whether it does: not where the environment has ``MALLOC_MMAP_THRESHOLD_``, nor with another C library.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return False
+    return bool(mallopt(_M_MMAP_THRESHOLD, _RETURNED_BYTES)) and bool(mallopt(_M_TRIM_THRESHOLD, _RETURNED_BYTES))
 
 
 def tensor_bytes(tensors: Iterable[Any]) -> int:

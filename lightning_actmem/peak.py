@@ -128,21 +128,23 @@ class PeakMeter:
 
 
 class ResidentMeter:
-    """Measures the peak of the process's resident memory between entering and leaving this context, above that before.
+    """Measures the peak of the process's resident memory between entering and leaving this context.
 
-    It takes no memory itself, where `PeakMeter` needs up to 10 KiB for every allocation when it ends, and it sees what
-    no tensor holds: workspaces of libraries, and fragments. Exact within some 0.5 MiB. Where the address space has a
+    It counts from when the meter was made, however often it is entered: what a library keeps for later and fragments of
+    the heap are part of every peak after. It takes no memory itself, where `PeakMeter` needs up to 10 KiB for every
+    allocation when it ends, and it sees what no tensor holds. Exact within some 0.5 MiB. Where the address space has a
     limit (``ulimit -v``), which counts what was never written to as well, its peak counts if it is a new one. Linux
     only.
 
     Args:
-        held: Bytes allocated before that count as well: weights, buffers, optimizer state.
+        held: Bytes allocated when the meter is made that count as well: weights, buffers, optimizer state.
     """
 
     def __init__(self, held: int = 0) -> None:
         self.peak_bytes = 0
         self._held = held
-        self._before: dict[str, int] = {}
+        self._first = _process_bytes()
+        self._peak_before = 0
 
     @staticmethod
     def is_supported() -> bool:
@@ -151,15 +153,19 @@ class ResidentMeter:
 
     def __enter__(self) -> ResidentMeter:
         _CLEAR_REFS.write_text("5")  # the peak is what is resident now
-        self._before = _process_bytes()
+        self._peak_before = _process_bytes()["VmPeak"]
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        before, after = self._before, _process_bytes()
-        peak = after["VmHWM"] - before["VmRSS"]
-        if address_space_left() is not None and after["VmPeak"] > before["VmPeak"]:
-            peak = max(peak, after["VmPeak"] - before["VmSize"])
+        first, after = self._first, _process_bytes()
+        peak = after["VmHWM"] - first["VmRSS"]
+        if address_space_left() is not None and after["VmPeak"] > self._peak_before:
+            peak = max(peak, after["VmPeak"] - first["VmSize"])
         self.peak_bytes = self._held + max(0, peak)
+
+    def resting_bytes(self) -> int:
+        """Return what is resident now, above that at first, and what was held then."""
+        return self._held + max(0, _process_bytes()["VmRSS"] - self._first["VmRSS"])
 
 
 def _process_bytes() -> dict[str, int]:

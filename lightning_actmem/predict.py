@@ -8,13 +8,16 @@ from math import inf
 
 from .memory import human_bytes
 
-#: A secant that goes this much further than the safe estimate is not trusted: memory may have a kink behind it.
+#: A secant that goes further than the safe estimate by more than this is not trusted: memory may have a kink behind it.
 _TRUSTED = 1.03
+#: The same where the smaller batch took so much more than what rests that it was not the optimizer's step.
+_TRUSTED_MORE, _OPTIMIZERS_SHARE = 1.1, 4
 _SAFE_SHARE = 0.8
 _FLAT_STEP = 8
-_BACK_OFF = 0.96
+_BACK_OFF = 0.94
+_STRAIGHT = 0.05  # the share by which the slopes of two secants of a straight line may differ
 # Memory is not quite a straight line, and a near miss costs a trial.
-_LEAST_DOUBT, _MOST_DOUBT = 0.02, 0.03
+_LEAST_DOUBT, _MOST_DOUBT = 0.02, 0.045
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Trial:
     Args:
         batch_size: Samples per step and device.
         peak_bytes: Largest number of bytes allocated at one time; 0 when memory ran out.
-        resting_bytes: Bytes that stay between steps: weights, buffers, optimizer state.
+        resting_bytes: Bytes that stay between steps: weights, buffers, optimizer state; counted as the peak is.
         stored_bytes: Activation bytes stored for the backward pass, of those at the peak; ``None`` when unknown.
         out_of_memory: Whether memory ran out.
         samples: Samples that the steps really had, when the data did not give as many as asked for.
@@ -89,15 +92,17 @@ class BatchSearch:
 
     A small batch; then most of what it lets expect on the safe side; then the prediction, on the safe side again where
     the two do not agree with a straight line; then, where it is worth it, one more on the line through the largest two,
-    short of the budget by what the bend so far puts in doubt. Only batches whose own trial has succeeded are returned,
-    and those that ran before memory ran out are run once more.
+    short of the budget by what the bend so far puts in doubt. Only batches whose own trial has succeeded are returned;
+    one that ran before memory ran out is run once more, or, where that was the last trial, stands.
 
     Args:
         budget_bytes: What may be allocated at one time.
         start: Batch size of the first trial.
         limit: Largest batch size that makes sense (the number of samples), or ``None``.
-        max_trials: Trials at most that fit; as many again may fail.
+        max_trials: Trials at most; more only as long as none has fitted.
         tolerance: The search ends when no more than this share of the batch is to be gained.
+        spread_bytes: By how much a batch that ran may have exceeded the budget that the prediction keeps to: what the
+            system tells of a process's memory scatters.
     """
 
     budget_bytes: int
@@ -105,6 +110,7 @@ class BatchSearch:
     limit: int | None = None
     max_trials: int = 4
     tolerance: float = 0.02
+    spread_bytes: int = 0
     trials: list[Trial] = field(default_factory=list)
 
     @property
@@ -115,7 +121,7 @@ class BatchSearch:
         fit = {
             trial.batch_size: trial  # the last one of each size
             for trial in self.trials
-            if trial.batch_size < end and trial.peak_bytes <= self.budget_bytes
+            if trial.batch_size < end and trial.peak_bytes <= self.budget_bytes + self.spread_bytes
         }
         return [fit[batch_size] for batch_size in sorted(fit)]
 
@@ -158,11 +164,17 @@ class BatchSearch:
                 self.limit = trial.samples
                 trial = replace(trial, batch_size=trial.samples)
             self.trials.append(trial)
-            following = self.next()
-            is_over = self.best is None or self._is_certain(self.best) or len(self.trials) > 2 * self.max_trials
-            if following is None and is_over:
-                return self.best
-            batch_size = following or self.best or 1
+            best, following = self.best, self.next()
+            if following is None:
+                if best is None or self._is_spent or self._is_certain(best):
+                    return best
+                following = best
+            batch_size = following
+
+    @property
+    def _is_spent(self) -> bool:
+        """Whether there have been as many trials as there may be."""
+        return len(self.trials) >= self.max_trials
 
     def _is_certain(self, batch_size: int) -> bool:
         """Whether memory has not run out since a batch size ran: a step that fails may leave something behind."""
@@ -175,12 +187,15 @@ class BatchSearch:
         if not fit:
             smallest = min(trial.batch_size for trial in self.trials)
             return smallest // 4 or 1 if smallest > 1 else None
-        if len(fit) >= self.max_trials or len(self.trials) >= 2 * self.max_trials:
+        if self._is_spent:
             return None
         best = fit[-1].batch_size
         candidate = self._within(self._candidate(fit))
         if self.failed is not None:
             candidate = min(candidate, self.failed - 1)
+        exhausted = self._exhausted()
+        if exhausted:
+            candidate = min(candidate, max(best, int(_BACK_OFF * exhausted[0])))
         worth_it = candidate > best * (1 + self.tolerance) or (len(fit) == 1 and candidate > best)
         return candidate if worth_it else None
 
@@ -189,7 +204,9 @@ class BatchSearch:
         exhausted = self._exhausted()
         if len(exhausted) > 1:
             return (last.batch_size + exhausted[0]) // 2
-        safe = Line.safe(last).largest(self.budget_bytes)
+        # What rests after larger batches may be theirs: workspaces that a library keeps.
+        resting = min(trial.resting_bytes for trial in fit)
+        safe = Line.safe(replace(last, resting_bytes=resting)).largest(self.budget_bytes)
         if len(fit) == 1 and self.failed is not None:
             between = (last.batch_size + self.failed) // 2
             # The line ends above the budget where the batch that failed was measured, and else there is none.
@@ -201,25 +218,28 @@ class BatchSearch:
         secant = self.line.largest(budget) if self.line else None
         if secant is None:  # flat: the optimizer's step takes more than these batches
             return min(_FLAT_STEP * last.batch_size, safe) if safe else _FLAT_STEP * last.batch_size
-        # Behind a kink the secant of two batches says nothing; with a third one its error can be told.
-        return secant if safe is None or secant <= _TRUSTED * safe or len(fit) > 2 else safe
+        # Behind a kink the secant of two batches says nothing; a third one on it says that there was none.
+        if safe is None or secant <= _TRUSTED * safe or (len(fit) > 2 and self._bend(fit) < _STRAIGHT):
+            return secant
+        is_slope = len(fit) > 2 or fit[0].peak_bytes > _OPTIMIZERS_SHARE * fit[0].resting_bytes
+        return min(secant, int(_TRUSTED_MORE * safe)) if is_slope else safe
 
     def _aim(self, fit: list[Trial]) -> int:
-        """Return a little less than the budget, or than where memory has run out for the first time."""
+        """Return a little less than the budget."""
         line, last = self.line, fit[-1]
         if line is None or line.bytes_per_sample <= 0:
             return self.budget_bytes
         doubt = _LEAST_DOUBT
         if len(fit) > 2:
-            # Twice what the bend between the last two secants would add, if it went on to the budget: it may turn.
-            before = Line.through(*fit[-3:-1])
-            bend = abs(line.bytes_per_sample - before.bytes_per_sample) / line.bytes_per_sample
-            doubt = min(max(doubt, 2 * bend * (1 - last.peak_bytes / self.budget_bytes)), _MOST_DOUBT)
-        aim = line.fixed_bytes + (1 - doubt) * (self.budget_bytes - line.fixed_bytes)
-        exhausted = self._exhausted()
-        if exhausted:
-            aim = min(aim, line.peak_bytes(int(_BACK_OFF * exhausted[0])))
-        return int(aim)
+            # Twice what the bend would add, if it went on to the budget: it may turn.
+            doubt = min(max(doubt, 2 * self._bend(fit) * (1 - last.peak_bytes / self.budget_bytes)), _MOST_DOUBT)
+        return int(line.fixed_bytes + (1 - doubt) * (self.budget_bytes - line.fixed_bytes))
+
+    @staticmethod
+    def _bend(fit: list[Trial]) -> float:
+        """Return by what share of the slope the last two secants differ."""
+        before, last = Line.through(*fit[-3:-1]), Line.through(*fit[-2:])
+        return abs(last.bytes_per_sample - before.bytes_per_sample) / max(last.bytes_per_sample, 1)
 
     def _exhausted(self) -> list[int]:
         """The batch sizes with which memory has run out, the smallest one first."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import subprocess
+import sys
 import weakref
 
 import pytest
 import torch
 
 from lightning_actmem import ActMemError, memory
-from lightning_actmem.memory import available_bytes, free_failed, held_bytes, is_out_of_memory
+from lightning_actmem.memory import available_bytes, free_failed, held_bytes, is_out_of_memory, return_freed_memory
 
 CPU = torch.device("cpu")
 
@@ -100,3 +103,46 @@ def test_a_control_group_is_a_limit(monkeypatch, tmp_path):
     assert memory._control_group() is None
     (tmp_path / "memory.max").write_text("1000\n")
     assert memory._control_group() == 900
+
+
+FREED = """
+import torch
+from lightning_actmem.memory import return_freed_memory
+from lightning_actmem_kernels.reference.memory import keep_heap
+
+def address_space():
+    return int(open("/proc/self/statm").read().split()[0]) * 4096
+
+torch.set_num_threads(1)  # another has a heap of its own
+keep_heap()
+print(return_freed_memory())
+before = address_space()
+blocks = [torch.ones(1 << 18) for _ in range(64)]
+last = torch.ones(1 << 18)
+del blocks
+print((address_space() - before) // 2**20)
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc has these settings"
+)
+@pytest.mark.parametrize(("environment", "answer"), [({}, "True"), ({"MALLOC_MMAP_THRESHOLD_": "33554432"}, "False")])
+def test_freed_tensors_go_back_at_once_unless_the_environment_says_otherwise(environment, answer):
+    """64 MiB of tensors below one that lives on; by itself the heap keeps them."""
+    result = subprocess.run(
+        [sys.executable, "-c", FREED],
+        env={"PYTHONPATH": ":".join(sys.path), **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said, kept = result.stdout.split()
+    assert said == answer
+    assert (int(kept) < 8) == (answer == "True")
+
+
+def test_another_c_library_has_no_such_settings(monkeypatch):
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    assert not return_freed_memory()

@@ -9,11 +9,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore
 
 from ..engine import ActMemEngine
 from ..errors import ActMemError, ActMemWarning
-from ..memory import available_bytes, held_bytes, human_bytes
+from ..memory import available_bytes, held_bytes, human_bytes, return_freed_memory
 from ..predict import BatchSearch
 from ..units import parse_bytes
 from .callback import ActMem
 from .trials import BatchTrials
+
+# Beside its tensors a process on the CPU grows by some MiB in its first steps, and what it takes scatters as much.
+_GROWTH_BYTES, _SPREAD_BYTES = 4 * 2**20, 2**20
 
 
 class ActMemBatchSizeFinder(Callback):
@@ -25,7 +28,8 @@ class ActMemBatchSizeFinder(Callback):
     the model's hooks run in every trial, ``on_train_start`` and ``on_train_end`` too.
 
     Works with and without compression, on one device and under DDP, where all processes take the same batch: the
-    smallest of what they can hold. Lightning's `BatchSizeFinder` doubles instead, takes some errors for bugs that are
+    smallest of what they can hold. Without a budget on the CPU, glibc gives freed tensors back at once from then on
+    (`memory.return_freed_memory`). Lightning's `BatchSizeFinder` doubles instead, takes some errors for bugs that are
     lack of memory, and refuses DDP.
 
     Args:
@@ -34,8 +38,9 @@ class ActMemBatchSizeFinder(Callback):
         batch_arg_name: Name of the batch size's attribute on the model, its ``hparams`` or the datamodule.
         start: Batch size of the first trial.
         max_batch_size: Never go beyond it; the number of samples is a limit anyway.
-        max_trials: Trials at most that fit; as many again may fail.
-        margin: Share of the device's memory that is left alone, for the allocator's fragments; not of a ``budget``.
+        max_trials: Trials at most; more only as long as none has fitted.
+        margin: Share of the device's memory that is left alone, for the allocator's fragments, and 4 MiB at least on
+            the CPU, for what the process grows by in a run; not of a ``budget``.
 
     Attributes:
         batch_size: What was found, or ``None``.
@@ -94,6 +99,8 @@ class ActMemBatchSizeFinder(Callback):
             return
         # Without a budget memory itself is the limit, and what the profiler takes would count.
         is_real = self._budget is None
+        if is_real and trainer.strategy.root_device.type == "cpu":
+            return_freed_memory()
         with BatchTrials(trainer, self._name, engine_of(trainer), resident=is_real) as trials:
             search = self.search = self._new_search(trainer, trials)
             found = search.run(trials.run)
@@ -102,8 +109,10 @@ class ActMemBatchSizeFinder(Callback):
     def _new_search(self, trainer: Trainer, trials: BatchTrials) -> BatchSearch:
         held = held_bytes(trainer.lightning_module, trainer.optimizers)
         budget = self._budget
+        is_process = budget is None and trials.device.type == "cpu"
         if budget is None:
-            budget = int(available_bytes(trials.device, held) * (1 - self._margin))
+            available = available_bytes(trials.device, held)
+            budget = available - max(int(self._margin * available), _GROWTH_BYTES if is_process else 0)
         budget = trials.smallest(budget)
         if budget <= held:
             raise ActMemError(
@@ -112,7 +121,8 @@ class ActMemBatchSizeFinder(Callback):
             )
         limits = [limit for limit in (trials.limit(), self._max_batch_size) if limit is not None]
         limit = trials.smallest(min(limits)) if limits else None
-        return BatchSearch(budget, self._start, limit, self._max_trials)
+        spread_bytes = _SPREAD_BYTES if is_process else 0
+        return BatchSearch(budget, self._start, limit, self._max_trials, spread_bytes=spread_bytes)
 
     def _conclude(self, trials: BatchTrials, found: int | None) -> None:
         search = self.search

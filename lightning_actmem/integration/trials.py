@@ -80,7 +80,8 @@ class BatchTrials:
         self._warm = 0
         self.error: BaseException | None = None
         self.device: torch.device = trainer.strategy.root_device
-        self._resident = resident and self.device.type == "cpu" and ResidentMeter.is_supported()
+        self._is_resident = resident and self.device.type == "cpu" and ResidentMeter.is_supported()
+        self._resident: ResidentMeter | None = None
 
     def __enter__(self) -> BatchTrials:
         with ExitStack() as stack:
@@ -99,6 +100,8 @@ class BatchTrials:
             stack.enter_context(self._counted_samples())
             if self._trainer.world_size > 1:
                 stack.enter_context(self._failing_in_step())
+            if self._is_resident:
+                self._resident = ResidentMeter(self._held_bytes())
             self._stack = stack.pop_all()
         return self
 
@@ -141,15 +144,15 @@ class BatchTrials:
         self._forget_gradients()
         collect()
         self._sizes.clear()
-        held = held_bytes(self._model, self._trainer.optimizers) + self._bucket_bytes()
-        meter = ResidentMeter(held) if self._resident else PeakMeter(self.device, held)
+        meter = self._resident or PeakMeter(self.device, self._held_bytes())
         with ExitStack() as stack:
             if moments and isinstance(meter, PeakMeter):
                 stack.enter_context(told_moments(self._trainer, meter.begin, meter.mark))
             self._attempt(batch_size, meter)
         out_of_memory = self._failed
-        resting = held_bytes(self._model, self._trainer.optimizers) + self._bucket_bytes()
         self._forget_gradients()
+        collect()
+        resting = self._held_bytes() if self._resident is None else self._resident.resting_bytes()
         peak = 0 if out_of_memory else meter.peak_bytes
         limit = self.limit()
         # The last step may have had what is left over at the end of an epoch.
@@ -253,11 +256,12 @@ class BatchTrials:
         for parameter in self._model.parameters():
             parameter.grad = None
 
-    def _bucket_bytes(self) -> int:
-        """Bytes of DDP's gradient buckets, which are part of no module."""
+    def _held_bytes(self) -> int:
+        """Bytes of weights, buffers and optimizer state, and of DDP's gradient buckets, which are part of no module."""
+        held = held_bytes(self._model, self._trainer.optimizers)
         if not isinstance(self._trainer.strategy.model, nn.parallel.DistributedDataParallel):
-            return 0
-        return sum(p.numel() * p.element_size() for p in self._model.parameters() if p.requires_grad)
+            return held
+        return held + sum(p.numel() * p.element_size() for p in self._model.parameters() if p.requires_grad)
 
     def _unsynchronised(self) -> Any:
         """Keep processes from waiting in backward for one that has run out of memory."""
