@@ -9,7 +9,7 @@ import torch
 
 WIDTHS: dict[str, tuple[int, ...]] = {
     "identity": (32,),
-    "uniform": (1, 2, 3, 4, 8),
+    "uniform": (1, 2, 3, 4, 5, 6, 8),
     "rotated": (1, 2, 3, 4),
     "relu": (2, 3, 4, 8),
     "bfp": (2, 3, 4, 8),
@@ -46,9 +46,9 @@ class CodecSpec:
             (block floating point: signed mantissas under one power of two per group), `fp8_e4m3` and `fp8_e5m2`
             (float8 under one power of two per group), `mask` (bool), `two_valued` (float in {0, s}), `integer`
             (lossless narrowing) or `identity` (a copy).
-        bits: Bits per element. uniform and fixed: 1, 2, 3, 4, 8; rotated: 1, 2, 3, 4; relu and bfp: 2, 3, 4, 8;
-            integer: 4, 8, 16, 32. The other codecs have one width (identity 32, fp8 8, mask and two_valued 1) and set
-            it whatever is given.
+        bits: Bits per element. uniform: 1, 2, 3, 4, 5, 6, 8; fixed: 1, 2, 3, 4, 8; rotated: 1, 2, 3, 4; relu and bfp:
+            2, 3, 4, 8; integer: 4, 8, 16, 32. The other codecs have one width (identity 32, fp8 8, mask and two_valued
+            1) and set it whatever is given.
         group_size: Elements that share a grid (uniform, relu), a rotation (rotated) or an exponent (bfp, fp8): a power
             of two from 32 to 1024.
         rounding: How uniform, relu, fixed and bfp round. With u uniform in (0, 1) and v the position on the grid,

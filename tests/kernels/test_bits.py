@@ -7,7 +7,7 @@ import torch
 
 from lightning_actmem_kernels.reference.bits import pack, unpack
 
-BITS = (1, 2, 3, 4, 8)
+BITS = (1, 2, 3, 4, 5, 6, 8)
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -13,7 +13,7 @@ NUMELS = (0, 1, 7, 8, 31, 255, 256, 257, 1009, 4097)
 
 WRONG = [
     ({"codec": "zip"}, "codec must be one of identity, uniform, .*, two_valued or integer, got 'zip'. Choose one"),
-    ({"codec": "uniform", "bits": 5}, "bits must be one of 1, 2, 3, 4 or 8 for codec 'uniform', got 5. Choose one"),
+    ({"codec": "uniform", "bits": 7}, "bits must be one of 1, 2, 3, 4, 5, 6 or 8 for codec 'uniform', got 7. Choose"),
     ({"codec": "uniform", "bits": 4.0}, "bits must be one of .* got 4.0"),
     ({"codec": "relu", "bits": 1}, "bits must be one of 2, 3, 4 or 8 for codec 'relu', got 1"),
     ({"codec": "bfp", "bits": 1}, "bits must be one of 2, 3, 4 or 8 for codec 'bfp', got 1"),

@@ -21,7 +21,7 @@ from lightning_actmem_kernels.triton.values import inverse as triton_inverse  # 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BITS = {
-    "uniform": (1, 2, 3, 4, 8),
+    "uniform": (1, 2, 3, 4, 5, 6, 8),
     "relu": (2, 3, 4, 8),
     "fixed": (1, 2, 3, 4, 8),
     "rotated": (1, 2, 3, 4),

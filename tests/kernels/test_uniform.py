@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lightning_actmem_kernels import CodecSpec, decode, encode
 from lightning_actmem_kernels.reference import chunks
 
-BITS = (1, 2, 3, 4, 8)
+BITS = (1, 2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 ROUNDINGS = ("dither", "stochastic", "nearest")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

