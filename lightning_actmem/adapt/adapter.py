@@ -83,11 +83,12 @@ class Change:
         )
 
     def _name(self, spec: CodecSpec | None) -> str:
-        """Name a codec, and the size of its groups where that is all that changes."""
+        """Name a codec, and its groups where they are all that changes."""
         name = name_of(spec)
         if spec is None or name_of(self.before) != name_of(self.after):
             return name
-        return f"{name} in groups of {spec.group_size}"
+        mean = " with their mean" if spec.centre else ""
+        return f"{name} in groups of {spec.group_size}{mean}"
 
 
 class Adapter:

@@ -13,12 +13,12 @@ from ..saved.probe import SiteUse
 from ..saved.site import Site
 
 # What each setting of the codec allows at a site without needs of its own, with its widths.
-_AUTO: Mapping[str, tuple[int, ...]] = {"uniform": (3, 4, 8), "rotated": (1, 2, 3, 4)}
+_AUTO: Mapping[str, tuple[int, ...]] = {"uniform": (3, 4, 5, 6, 8), "rotated": (1, 2, 3, 4)}
 _ALLOWED: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "auto": _AUTO,
     "measured": _AUTO,
-    "rotated": {"uniform": (8,), "rotated": (1, 2, 3, 4)},
-    "uniform": {"uniform": (1, 2, 3, 4, 8)},
+    "rotated": {"uniform": (5, 6, 8), "rotated": (1, 2, 3, 4)},
+    "uniform": {"uniform": (1, 2, 3, 4, 5, 6, 8)},
 }
 # Scale and mean of a group of 256 are an eighth of a bit for each element, of one of 1024 a 32nd; where the groups of
 # a tensor are alike, as a transformer's are, the larger ones err no more.
@@ -40,9 +40,9 @@ def candidates(site: Site, use: SiteUse, config: ActMemConfig) -> list[CodecSpec
         return [replace(default, bits=bits) for bits in WIDTHS[default.codec] if bits >= floor]
     centre = default.codec != "rotated" or default.centre
     return [
-        CodecSpec(codec, bits, group_size, config.rounding, centre=codec == "rotated" and centre)
+        CodecSpec(codec, bits, group_size, config.rounding, centre=keeps_mean)
         for codec, widths in _ALLOWED[config.codec].items()
-        for group_size in _group_sizes(codec, config)
+        for group_size, keeps_mean in _groups(codec, config, centre)
         for bits in widths
         if bits >= floor
     ]
@@ -61,10 +61,10 @@ def least_bits(site: Site, use: SiteUse, config: ActMemConfig) -> int:
 def references(specs: Sequence[CodecSpec]) -> list[CodecSpec]:
     """Return the candidates to be measured: one for each codec, and every one of 1 bit, last.
 
-    Of several sizes of groups the first is measured: `regrouped` tells the others.
+    Of several kinds of groups the first is measured: `regrouped` tells the others.
     """
-    sizes = {spec.codec: spec.group_size for spec in reversed(specs)}
-    specs = [spec for spec in specs if spec.group_size == sizes[spec.codec]]
+    groups = {spec.codec: (spec.group_size, spec.centre) for spec in reversed(specs)}
+    specs = [spec for spec in specs if (spec.group_size, spec.centre) == groups[spec.codec]]
     firsts: list[CodecSpec] = []
     for codec in dict.fromkeys(spec.codec for spec in specs):
         lossy = sorted((spec for spec in specs if spec.codec == codec and spec.bits > 1), key=lambda spec: spec.bits)
@@ -74,7 +74,10 @@ def references(specs: Sequence[CodecSpec]) -> list[CodecSpec]:
     return firsts + [spec for spec in specs if spec.bits == 1]
 
 
-def _group_sizes(codec: str, config: ActMemConfig) -> tuple[int, ...]:
-    if codec != "rotated" or config.group_size >= _WIDE_GROUP:
-        return (config.group_size,)
-    return config.group_size, _WIDE_GROUP
+def _groups(codec: str, config: ActMemConfig, centre: bool) -> list[tuple[int, bool]]:
+    """Return sizes of groups, and whether they keep their mean; that of the settings first."""
+    if codec != "rotated":
+        return [(config.group_size, False)]
+    sizes = sorted({config.group_size, max(config.group_size, _WIDE_GROUP)})
+    # Where means are small, the 2 bytes of each are too many; in small groups larger ones save more.
+    return [*((size, centre) for size in sizes), *([(sizes[-1], False)] if centre else [])]

@@ -1,4 +1,4 @@
-"""What the size of its groups does to a rotated code."""
+"""What the size of its groups, and keeping their means, does to a rotated code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_actmem_kernels import CodecSpec
 
 
 def regrouped(segments: Iterable[Tensor], measured: CodecSpec, wanted: Sequence[CodecSpec]) -> dict[CodecSpec, Tensor]:
-    """Return what other sizes of groups do to the variance that one size has been measured to make.
+    """Return what other groups do to the variance that one kind of them has been measured to make.
 
     A rotation spreads a group's error evenly over its elements, and the error is a fixed share of the group's energy:
     of ``sum (x - mean)^2``, with the mean of the group where it is kept apart, else 0. So the variances differ as the
@@ -23,18 +23,23 @@ def regrouped(segments: Iterable[Tensor], measured: CodecSpec, wanted: Sequence[
     Args:
         segments: The site's tensors as they are encoded, 1-D; taken one by one.
         measured: The codec that was measured.
-        wanted: Codecs, of which those are considered that differ from it in nothing but the size of the groups.
+        wanted: Codecs, of which those are considered that differ from it only in the size of the groups and in whether
+            these keep their mean.
 
     Returns:
         For each of these: its variance over that of ``measured``, a scalar on the device. Nothing where no segment is
         left: what the loss does not need dies with the forward pass, and no size makes a difference.
     """
-    others = [spec for spec in wanted if spec != measured and replace(spec, group_size=measured.group_size) == measured]
+    others = [spec for spec in wanted if spec != measured and _regrouped(spec, measured) == measured]
     if measured.codec != "rotated" or not others or not segments:
         return {}
     found = [torch.stack([_energy(segment.float(), spec) for spec in (measured, *others)]) for segment in segments]
     base, *energies = torch.stack(found).sum(0).unbind()
     return {spec: torch.where(base > 0, energy / base, 1.0) for spec, energy in zip(others, energies, strict=True)}
+
+
+def _regrouped(spec: CodecSpec, like: CodecSpec) -> CodecSpec:
+    return replace(spec, group_size=like.group_size, centre=like.centre)
 
 
 def _energy(x: Tensor, spec: CodecSpec) -> Tensor:

@@ -135,7 +135,9 @@ def test_changes_say_why() -> None:
             change.before == CodecSpec("rotated", 2, centre=True) != change.after == training.engine.plan[change.site]
         )
         assert (change.noise_after < change.noise_before) == (change.bytes_after > change.bytes_before)
-        assert str(change).startswith(f"{change.site}: rotated-2 -> ")
+        only_groups = change.after is not None and change.after.label == "rotated-2"
+        groups = " in groups of 256 with their mean" if only_groups else ""
+        assert str(change).startswith(f"{change.site}: rotated-2{groups} -> ")
 
 
 def test_passes_are_limited_and_go_round() -> None:

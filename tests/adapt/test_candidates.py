@@ -47,7 +47,7 @@ def test_the_default_is_among_what_may_be_chosen(codec: str, bits: int) -> None:
         ({}, "attention", ["uniform-8"]),
         ({"attention_bits": 4}, "attention", ["uniform-4", "rotated-4"]),
         ({"codec": "uniform"}, "packed", ["uniform-4", "uniform-1"]),
-        ({"codec": "rotated"}, "packed", ["rotated-2", "uniform-8", "rotated-1"]),
+        ({"codec": "rotated"}, "packed", ["rotated-2", "uniform-5", "rotated-1"]),
         ({"codec": "bfp", "loss_bits": 8}, "loss", ["bfp-8"]),
         ({"codec": "fp8_e4m3", "bits": 8}, "packed", ["fp8_e4m3-8"]),
     ],
@@ -66,6 +66,12 @@ def test_a_relu_keeps_its_code() -> None:
     assert names(references(candidates(SITE, use, config))) == ["relu-2"]
 
 
+def test_between_4_and_8_bits_there_are_two_more() -> None:
+    config = ActMemConfig(adapt=True)
+    found = names(candidates(SITE, use_of(config), config))
+    assert [name for name in found if name.startswith("uniform")] == [f"uniform-{bits}" for bits in (3, 4, 5, 6, 8)]
+
+
 def test_groups_and_rounding_are_those_of_the_settings() -> None:
     config = ActMemConfig(group_size=64, rounding="stochastic", adapt=True)
     for spec in candidates(SITE, use_of(config), config):
@@ -76,9 +82,10 @@ def test_groups_and_rounding_are_those_of_the_settings() -> None:
 def test_rotated_groups_may_be_larger_and_are_measured_once() -> None:
     config = ActMemConfig(adapt=True)
     specs = candidates(SITE, use_of(config), config)
-    rotated = [(spec.bits, spec.group_size) for spec in specs if spec.codec == "rotated"]
-    assert sorted(rotated) == [(bits, size) for bits in (1, 2, 3, 4) for size in (256, 1024)]
-    assert {spec.group_size for spec in references(specs)} == {256}
+    rotated = [(spec.bits, spec.group_size, spec.centre) for spec in specs if spec.codec == "rotated"]
+    groups = [(256, True), (1024, False), (1024, True)]
+    assert sorted(rotated) == [(bits, *group) for bits in (1, 2, 3, 4) for group in groups]
+    assert {(spec.group_size, spec.centre) for spec in references(specs) if spec.codec == "rotated"} == {(256, True)}
     largest = ActMemConfig(group_size=1024, adapt=True)
     assert {spec.group_size for spec in candidates(SITE, use_of(largest), largest)} == {1024}
 
@@ -89,6 +96,6 @@ def test_values_have_no_floor() -> None:
     use = use_of(config, "attention")
     assert {spec.bits for spec in candidates(SITE, use, config)} == {8}
     assert {spec.bits for spec in candidates(SITE._replace(role="key"), use, config)} == {8}
-    assert {spec.bits for spec in candidates(SITE._replace(role="value"), use, config)} == {1, 2, 3, 4, 8}
+    assert {spec.bits for spec in candidates(SITE._replace(role="value"), use, config)} == {1, 2, 3, 4, 5, 6, 8}
     unfused = Site("layer", "matmul", "other", 0)
     assert {spec.bits for spec in candidates(unfused, use, config)} == {8}

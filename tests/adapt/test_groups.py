@@ -1,4 +1,4 @@
-"""What another size of groups does to the error of a rotated code."""
+"""What other groups do to the error of a rotated code."""
 
 from __future__ import annotations
 
@@ -42,9 +42,18 @@ def test_the_error_goes_with_the_energy_of_the_groups(bits: int, numel: int, cen
     assert growth[large].item() == pytest.approx(wanted, rel=TOLERANCE)
 
 
-def test_only_the_size_of_rotated_groups_may_differ() -> None:
+@pytest.mark.parametrize("mean", [0.0, 0.3, 2.0])
+def test_without_the_mean_the_error_grows_by_its_energy(mean: float) -> None:
+    x, spec = mean + torch.randn(16 * 1024), CodecSpec("rotated", 2, centre=True)
+    other = replace(spec, group_size=1024, centre=False)
+    growth = regrouped([x], spec, [spec, other])[other].item()
+    assert growth == pytest.approx(1 + mean**2, rel=TOLERANCE)
+    assert growth == pytest.approx(error(x, other) / error(x, spec), rel=TOLERANCE)
+
+
+def test_only_the_groups_of_a_rotated_code_may_differ() -> None:
     x, spec = torch.randn(4096), CodecSpec("rotated", 2)
-    others = [replace(spec, bits=3), replace(spec, centre=True), CodecSpec("uniform", 2, 1024)]
+    others = [replace(spec, bits=3), CodecSpec("uniform", 2, 1024)]
     assert regrouped([x], spec, [spec, *others]) == {}
     assert regrouped([x], CodecSpec("uniform", 2), others) == {}
 
