@@ -194,15 +194,16 @@ def _images(path: Path) -> Batch:
     return (pixels - pixels.mean()) / pixels.std(), torch.tensor(found[b"labels"])
 
 
-def run(work: Work, seed: int, steps: int, every: int, noise: float | None, emit: Callable[[Row], None]) -> float:
+def run(work: Work, seed: int, options: argparse.Namespace, noise: float | None, emit: Callable[[Row], None]) -> float:
     """Train once, hand out a row for every measurement of the noise, and return the final validation loss."""
     seed_everything(seed, verbose=False)
+    steps = options.steps
     module = Task(work.build(), steps)
     callbacks: list[Callback] = []
     if noise is not None:
-        actmem = ActMem(noise=noise, adapt_every=2 * every, seed=seed, summary=False)
+        actmem = ActMem(noise=noise, adapt_every=_adapt_every(options), seed=seed, summary=False)
         unseen = Batches(work, seed + 1000, MEASURED_BATCHES)
-        callbacks = [actmem, Follow(actmem, [unseen[index] for index in range(MEASURED_BATCHES)], every, emit)]
+        callbacks = [actmem, Follow(actmem, [unseen[index] for index in range(MEASURED_BATCHES)], options.every, emit)]
     trainer = Trainer(
         accelerator="cpu",
         logger=False,
@@ -218,19 +219,24 @@ def run(work: Work, seed: int, steps: int, every: int, noise: float | None, emit
         return statistics.fmean(module.model(*batch).item() for batch in work.validation)
 
 
+def _adapt_every(options: argparse.Namespace) -> int:
+    return 2 * options.every if options.adapt_every is None else int(options.adapt_every)
+
+
 def record(name: str, work: Work, options: argparse.Namespace) -> None:
     """Run one task with every seed, plainly and with a noise budget; append and print what comes of it."""
     for seed in options.seeds:
         for noise in (None, NOISE):
             head = {**environment(torch.device("cpu")), "data": name, "steps": options.steps, "seed": seed}
-            head["configuration"] = "plain" if noise is None else f"noise={noise}"
+            rhythm = "" if options.adapt_every is None else f", adapt_every={options.adapt_every}"
+            head["configuration"] = "plain" if noise is None else f"noise={noise}{rhythm}"
             rows: list[Row] = []
 
             def emit(row: Row, head: Row = head, rows: list[Row] = rows) -> None:
                 rows.append(row)
                 append(options.csv, {**head, "val_loss": "", **row})
 
-            loss = run(work, seed, options.steps, options.every, noise, emit)
+            loss = run(work, seed, options, noise, emit)
             empty = dict.fromkeys(("noise", "own_noise", "predicted_noise", "stored_bytes", "ratio"), "")
             append(options.csv, {**head, "val_loss": f"{loss:.5f}", "step": options.steps, **empty})
             noises = [float(row["noise"]) for row in rows]
@@ -248,6 +254,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--every", type=int, default=50, help="steps from one measurement to the next")
+    parser.add_argument("--adapt-every", type=int, help="as the setting; by default at every second measurement")
     parser.add_argument("--csv", type=Path, default=Path(__file__).with_name("noise_budget.csv"))
     options = parser.parse_args(arguments)
     if options.text is None and options.cifar is None:

@@ -53,18 +53,21 @@ def test_a_seed_gives_the_same_batches(cifar: Path) -> None:
     assert not torch.equal(first[0], other[0])
 
 
-def test_every_run_and_every_measurement_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("adapt_every", "name"), [(None, "noise=0.05"), (0, "noise=0.05, adapt_every=0")])
+def test_every_run_and_every_measurement_has_a_row(
+    adapt_every: int | None, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = tmp_path / "words.txt"
     text.write_text("to be or not to be, that is the question " * 200)
-    options = argparse.Namespace(seeds=[3], steps=24, every=12, csv=tmp_path / "rows.csv")
+    options = argparse.Namespace(seeds=[3], steps=24, every=12, adapt_every=adapt_every, csv=tmp_path / "rows.csv")
     noise_budget.record("words", noise_budget.text(text), options)
     with options.csv.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["configuration"], row["step"], bool(row["val_loss"])) for row in rows] == [
         ("plain", "24", True),
-        ("noise=0.05", "12", False),
-        ("noise=0.05", "24", False),
-        ("noise=0.05", "24", True),
+        (name, "12", False),
+        (name, "24", False),
+        (name, "24", True),
     ]
     assert {row["seed"] for row in rows} == {"3"}
     for row in rows[1:3]:
