@@ -284,8 +284,8 @@ class Adapter:
 
     def _warn_if_missed(self, chosen: Sequence[Choice], uses: Mapping[Site, SiteUse]) -> None:
         """Say once where the fewest bytes are above the budget, or the least noise above what is allowed."""
-        if self._warned or len(uses) < len(self.sizes.uses):
-            return  # what has not been measured yet has its default, and may still shrink
+        if self._warned or not self._knows_all(uses):
+            return  # what has not been measured yet, as a site or with 1 bit, may still shrink
         budget, allowed = self._config.budget_bytes, self._config.noise
         stored_bytes = self._other_bytes(uses) + sum(choice.stored_bytes for choice in chosen)
         noise = sum(choice.variance for choice in chosen)
@@ -304,6 +304,17 @@ class Adapter:
             return
         self._warned = True
         warnings.warn(f"ActMem: {missed}. This is said once.", ActMemWarning, stacklevel=3)
+
+    def _knows_all(self, uses: Mapping[Site, SiteUse]) -> bool:
+        """Whether these are all sites, and of each what every width does has been measured or follows."""
+        if len(uses) < len(self.sizes.uses):
+            return False
+        for site, use in uses.items():
+            specs = self._candidates(site, use)
+            known = [spec for spec in specs if self._noise_of(site, spec) is not None]
+            if {spec.bits for spec in known} < {spec.bits for spec in specs}:
+                return False
+        return True
 
     def _settings(self) -> list[Any]:
         places = self._config.layer_bits, self._config.layer_activations

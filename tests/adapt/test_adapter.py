@@ -117,6 +117,19 @@ def test_a_budget_below_everything_is_the_least_there_is() -> None:
     assert all(spec is not None and spec.bits <= 2 for spec in specs)
 
 
+def test_a_budget_is_not_given_up_before_one_bit_has_been_measured() -> None:
+    """One bit is measured last: until then the least that there is has two, which is no reason to warn."""
+    training = Training(budget="1")
+    training.step()
+    sites = len(training.adapter.sizes.uses)
+    training.measure(max_passes=sites + 4)
+    training.adapter.allocate()
+    assert all(spec is not None and spec.bits == 2 for spec in training.engine.plan.values())
+    sure(training)
+    with pytest.warns(ActMemWarning, match="is the least there is"):
+        training.adapter.allocate()
+
+
 def test_what_has_not_been_measured_keeps_its_default() -> None:
     training = Training(bits=2, adapt=True)
     training.step()
