@@ -1,7 +1,8 @@
 """Compile every Triton kernel for four GPUs, without a GPU, and hold each to its limits.
 
 For every kernel: instructions per element, registers, spilled bytes, the widest access to memory, and a model of the
-time on an H100: max(bytes / bandwidth, instructions / issue rate). `--quick` compiles for sm_90 only.
+time on an H100: max(bytes / bandwidth, instructions / issue rate). `--quick` compiles for sm_90 only, `--codec`
+one codec.
 """
 
 from __future__ import annotations
@@ -240,11 +241,13 @@ def faults(case: Case, name: str, compiled: Any, report: Report) -> list[str]:
     return found
 
 
-def check(names: list[str]) -> list[str]:
+def check(names: list[str], codecs: list[str]) -> list[str]:
     """Compile, print a line per kernel and return what exceeds its limit."""
     found = []
     print(f"{'kernel':<28}{'target':<8}{'instr/el':>9}{'regs':>6}{'spill':>6}{'access':>7}{'ms/GB':>7}  bound by")
     for case in CASES:
+        if case.codec not in codecs:
+            continue
         # float32 differs in nothing that depends on the target.
         for name in names if case.dtype == "bf16" else ["sm_90"]:
             compiled = case.compile(TARGETS[name])
@@ -268,7 +271,9 @@ def main() -> None:
     """Run the check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="compile for sm_90 only")
-    found = check(["sm_90"] if parser.parse_args().quick else list(TARGETS))
+    parser.add_argument("--codec", choices=list(KERNELS), action="append", help="none but this one and masks")
+    options = parser.parse_args()
+    found = check(["sm_90"] if options.quick else list(TARGETS), options.codec or list(KERNELS))
     if found:
         sys.exit("kernels check failed:\n" + "\n".join(found))
     print("kernels check passed")
