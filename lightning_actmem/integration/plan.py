@@ -18,8 +18,9 @@ from .tracing import Traced, Tracer
 PLAIN = "plain"
 CHECKPOINT = "checkpoint"
 _MAX_NAMES = 8
-#: Settings by which bits adapt: the rows of `plan` say themselves what holds.
-_ADAPTING = frozenset(("adapt", "noise", "budget", "adapt_every", "method"))
+#: Settings by which bits adapt, because the rows of `plan` say themselves what holds, and where tensors are: that makes
+#: no difference to what is stored, and the small batches may well run on the CPU.
+_LEFT_OUT = frozenset(("adapt", "noise", "budget", "adapt_every", "method", "offload"))
 
 
 def plan(
@@ -53,7 +54,7 @@ def plan(
         batch_size: The batch to predict for; ``None``: the one that is set.
         budget: Memory to fill: bytes or a text such as ``"80GiB"`` or ``"1000000"``; ``None``: no largest batch
             is predicted.
-        config: Other settings of `ActMemConfig`; those by which bits adapt are left out.
+        config: Other settings of `ActMemConfig`; those by which bits adapt and ``offload`` are left out.
         checkpointed: Patterns of submodules (``"blocks.*"``) for the row with ``torch.utils.checkpoint`` around each;
             ``None``: the model's repeated blocks, as `repeated_blocks` finds them; empty: no such row.
         trace: The two small batch sizes.
@@ -91,10 +92,9 @@ def _check(trace: Sequence[int], batch_size: int | None) -> None:
 
 def _cases(config: ConfigLike, bits: Sequence[int], noise: float | None) -> dict[str, ActMem]:
     """Return what compresses in the rows by bits and by noise."""
-    ActMemConfig.load(config)  # refuses what is wrong with settings that the rows leave out, too
-    # Where tensors are makes no difference to what is stored, and the small batches may well run on the CPU.
-    settings = {name: value for name, value in given_settings(config).items() if name not in _ADAPTING}
-    settings |= {"summary": False, "offload": False}
+    given = given_settings(config)
+    ActMemConfig.load({name: value for name, value in given.items() if name in _LEFT_OUT})  # they may be wrong, too
+    settings = {name: value for name, value in given.items() if name not in _LEFT_OUT} | {"summary": False}
     cases = {f"{width} bits": ActMem({**settings, "bits": width}) for width in bits}
     if noise is not None and settings.get("codec") != "identity":
         first = _first_bits(settings.get("bits"), bits)
