@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from math import inf
+from math import inf, sqrt
 
 from .memory import human_bytes
 
@@ -203,7 +203,8 @@ class BatchSearch:
         last = fit[-1]
         exhausted = self._exhausted()
         if len(exhausted) > 1:
-            return (last.batch_size + exhausted[0]) // 2
+            # Far from what the budget says, and with few trials, orders of magnitude are to be halved.
+            return int(sqrt(last.batch_size * exhausted[0]))
         # What rests after larger batches may be theirs: workspaces that a library keeps.
         resting = min(trial.resting_bytes for trial in fit)
         safe = Line.safe(replace(last, resting_bytes=resting)).largest(self.budget_bytes)

@@ -208,6 +208,15 @@ def test_the_number_of_trials_is_a_limit_even_where_all_but_one_fail():
     assert found == max(trial.batch_size for trial in search.trials if not trial.out_of_memory)
 
 
+@pytest.mark.parametrize("real", [20, 60, 100, 300])
+def test_a_device_that_has_far_less_than_it_said(real):
+    search = BatchSearch(10_000)
+    found = search.run(trial_of(lambda b: 100 + 10 * b, 50, real=100 + 10 * real))
+    assert len(search.trials) == 4
+    assert found is not None
+    assert real / 6 <= found <= real
+
+
 def test_while_nothing_fits_trials_go_on():
     search = BatchSearch(1000, start=4096)
     assert search.run(trial_of(lambda b: 100 + 100 * b, 100)) in (4, 8)

@@ -134,7 +134,7 @@ def test_memory_that_runs_out_in_a_trial(wording):
             return super().training_step(batch, batch_idx)
 
     model = Scarce()
-    finder = ActMemBatchSizeFinder("1MiB")
+    finder = ActMemBatchSizeFinder("1MiB", max_trials=6)
     fit(model, callbacks=[ActMem(**PACK_ALL), finder])
     assert 50 <= finder.batch_size <= 100
     assert model.sizes[-1] == finder.batch_size

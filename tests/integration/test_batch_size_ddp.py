@@ -40,7 +40,7 @@ def test_all_processes_take_the_batch_of_the_one_with_the_least_memory(tmp_path)
     model = TellingNet(tmp_path)
     fit(
         model,
-        callbacks=[ActMemBatchSizeFinder("1MiB")],
+        callbacks=[ActMemBatchSizeFinder("1MiB", max_trials=8)],
         strategy=DDPStrategy(start_method="spawn"),  # torch's profiler does not survive a fork
         devices=2,
         max_steps=2,
