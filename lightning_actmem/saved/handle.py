@@ -63,8 +63,8 @@ class Kept:
         return self._version is not None and self._tensor._version != self._version
 
     def has(self, version: int, dtype: torch.dtype) -> bool:
-        """Whether it keeps this version of its storage, with elements of this type."""
-        return self._version == version and self._tensor.dtype == dtype
+        """Whether it keeps this version of its storage, unchanged to this day, with elements of this type."""
+        return self._version == version == self._tensor._version and self._tensor.dtype == dtype
 
     def segment(self, start: int, numel: int) -> Tensor:
         """Return so many elements of the storage, as `restore` does the tensor."""

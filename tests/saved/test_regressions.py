@@ -210,6 +210,24 @@ def test_a_compiled_module_inside_a_checkpoint() -> None:
     loss.backward()
 
 
+@pytest.mark.parametrize("config", [*LOSSLESS, {"bits": 8}], ids=str)
+def test_what_is_kept_is_not_what_it_was_once_it_has_changed_in_place(config: dict[str, Any]) -> None:
+    """It was taken for its earlier self, from which its present values follow: the change was made twice.
+
+    Plain autograd complains only where the gradient of the monitored value is asked for.
+    """
+    x = torch.randn(64, 64, requires_grad=True)
+    monitored = []
+
+    def step() -> Tensor:
+        h = x * 0.8
+        monitored.append(h.abs().mean())
+        h.mul_(3).add_(1)
+        return F.gelu(h).sum()
+
+    assert relative_error(step, [x], **config) < 1e-3
+
+
 @dataclass
 class Batch:
     x: Tensor
