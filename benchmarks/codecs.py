@@ -142,7 +142,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--codecs", nargs="+", choices=CODECS, default=CODECS)
-    parser.add_argument("--bits", nargs="+", type=int, default=[1, 2, 3, 4, 8, 16, 32])
+    parser.add_argument("--bits", nargs="+", type=int, default=sorted(set().union(*WIDTHS.values())))
     parser.add_argument("--dtypes", nargs="+", choices=FLOATS, default=FLOATS)
     parser.add_argument("--mb", nargs="+", type=float, default=[1.0, 64.0, 256.0])
     parser.add_argument("--sweep", action="store_true", help="256 elements to 256 MB in steps of 4, instead of --mb")

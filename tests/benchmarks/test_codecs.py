@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def _options(**changes):
-    chosen = {"codecs": codecs.CODECS, "bits": [1, 2, 3, 4, 8, 16, 32], "dtypes": codecs.FLOATS, "mb": [1.0]}
+    chosen = {"codecs": codecs.CODECS, "bits": list(range(1, 33)), "dtypes": codecs.FLOATS, "mb": [1.0]}
     return argparse.Namespace(**chosen | {"sweep": False} | changes)
 
 
