@@ -43,12 +43,14 @@ POWERS = frozenset(["pow", "float_power"])
 ELEMENTWISE = RELU | ACTIVATIONS | PRODUCTS
 #: Divide by what they have computed of their input: rounded apart from each other, the two cancel no more.
 DIVIDING = frozenset("softsign local_response_norm".split())
+#: Have a derivative of their own at every period: where a group's step is no longer small beside one, it is noise.
+PERIODIC = frozenset("sin cos sinc".split())
 DROPOUTS = frozenset("dropout dropout1d dropout2d dropout3d feature_dropout native_dropout".split())
 #: Give what they drop another value than zero, one that depends on their settings.
 ALPHA_DROPOUTS = frozenset("alpha_dropout feature_alpha_dropout".split())
 PACKABLE = (
     LINEAR | MATMUL | RELU | ACTIVATIONS | NORMS | POOLS | PRODUCTS | POWERS | DROPOUTS | frozenset(["checkpoint"])
-) - DIVIDING
+) - (DIVIDING | PERIODIC)
 
 ATTENTION = frozenset("scaled_dot_product_attention softmax softmin gumbel_softmax".split())
 LOSS = frozenset(

@@ -27,6 +27,7 @@ from lightning_actmem.saved.operation import bears_rounding, index_bound, operat
         ("pow", (None,), False),
         ("sqrt", (), False),
         ("softsign", (), False),
+        ("sin", (), False),
         ("div", (), False),
         ("a_custom_kernel", (), False),
         ("", (), False),
