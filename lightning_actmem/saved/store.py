@@ -124,11 +124,10 @@ class Store:
         nbytes, spec = storage.nbytes(), verdict.spec
         if spec is not None and self._encodes_at_once and verdict.signed is None:
             layout = Layout.of(tensor)
-            if layout is not None and layout.dense:
-                saved_bytes = spec.stored_bytes(layout.numel, tensor.dtype)
-                if saved_bytes < nbytes or spec.codec == "identity":
-                    place = self._scope.stack[-1].next_place(verdict.operation, verdict.role)
-                    return self._encode_first(tensor, storage, verdict.kind, place, spec, layout, saved_bytes)
+            code_bytes = _code_bytes(spec, layout, tensor, nbytes)
+            if code_bytes is not None and layout is not None and layout.dense:
+                place = self._scope.stack[-1].next_place(verdict.operation, verdict.role)
+                return self._encode_first(tensor, storage, verdict.kind, place, spec, layout, code_bytes)
         if spec is not None or nbytes >= _CLONE_FACTOR * tensor.nbytes:
             return self.put(tensor, storage, verdict)
         handle = KeptFirst(tensor, verdict.versioned, self._ledger, nbytes)
@@ -148,22 +147,23 @@ class Store:
 
     def put(self, tensor: Tensor, storage: UntypedStorage, verdict: Verdict) -> Handle:
         """Store a tensor by the verdict's codec, or by reference where that costs no more."""
-        layout = Layout.of(tensor)
+        layout, nbytes = Layout.of(tensor), storage.nbytes()
         site = self.site(verdict)
         spec = default = verdict.spec
         if default is not None and not default.lossless:
             if self.plan and not verdict.pinned:
                 spec = self.plan.get(site, spec)
-            if self.watch and layout is not None and not _is_no_smaller(default, layout, tensor, storage):
+            if self.watch and layout is not None and _code_bytes(default, layout, tensor, nbytes) is not None:
                 payload = self.watch.put(tensor, layout, site, verdict, spec)
                 if isinstance(payload, ProbePayload) and verdict.signed is not None and _fills(tensor, layout):
                     payload.wait(None if self.keeps_width or site in self.plan else verdict.signed)
                     self._waiting.add(payload)
                 if payload is not None:
                     return self.shared[storage].add(Geometry.of(tensor), layout, payload)
-        if spec is None and verdict.versioned and storage.nbytes() >= _CLONE_FACTOR * tensor.nbytes:
+        if spec is None and verdict.versioned and nbytes >= _CLONE_FACTOR * tensor.nbytes:
             spec = IDENTITY
-        if layout is None or spec is None or _is_no_smaller(spec, layout, tensor, storage):
+        code_bytes = _code_bytes(spec, layout, tensor, nbytes)
+        if layout is None or spec is None or code_bytes is None:
             return self._keep(tensor, storage, verdict, site)
         if verdict.signed is not None and may_fold(spec) and _fills(tensor, layout):
             behind = spec if self.keeps_width or site in self.plan else verdict.signed
@@ -174,8 +174,7 @@ class Store:
             and not (self.offload or self.split)
             and self.shared.is_first(storage)
         ):
-            saved_bytes = spec.stored_bytes(layout.numel, tensor.dtype)
-            return self._encode_first(tensor, storage, verdict.kind, site, spec, layout, saved_bytes)
+            return self._encode_first(tensor, storage, verdict.kind, site, spec, layout, code_bytes)
         return self._encode(tensor, self.shared[storage], verdict, site, spec, layout)
 
     def put_declared(self, tensor: Tensor, verdict: Verdict, declared: Declared) -> Kept | Deferred:
@@ -184,7 +183,8 @@ class Store:
         if spec is not None and not spec.lossless and not verdict.pinned:
             spec = self.plan.get(site, spec)
         elements = declared.raw_bytes // tensor.element_size()
-        if layout is None or spec is None or _is_no_smaller(spec, layout, tensor, tensor.untyped_storage()):
+        fits = _code_bytes(spec, layout, tensor, tensor.untyped_storage().nbytes()) is not None
+        if layout is None or spec is None or not fits:
             held = Charge(self._ledger, saved_bytes=tensor.untyped_storage().nbytes())
             self._ledger.record(site, verdict.kind, "exact", declared.raw_bytes, held.saved_bytes, elements)
             return Kept(tensor, charge=held, others=declared.charges)
@@ -285,11 +285,7 @@ class Store:
     ) -> Handle:
         """Encode the first tensor of a storage, as most are: with one object for all that is noted of it."""
         key, ledger, nbytes = self._sites.noise_key(place, self._noise), self._ledger, storage.nbytes()
-        start_ns = perf_counter_ns()
-        tensors = encode(layout.flatten(tensor), spec, key=key, backend=self._backend)
-        ledger.pack_ns += perf_counter_ns() - start_ns
-        if not tensor.is_cpu:
-            ledger.packed_on_cpu = False
+        tensors = self._timed_encode(layout.flatten(tensor), spec, key)
         handle = PackedFirst(tensors, spec, tensor, layout, key, self._backend, self.cache, ledger, saved_bytes, nbytes)
         self.shared.add_packed(storage, handle)
         handle.row = ledger.record(place, kind, spec.label, nbytes, saved_bytes, nbytes // tensor.element_size())
@@ -334,11 +330,7 @@ class Store:
     def _encode_flat(
         self, key: int, dtype: torch.dtype, raw: Charge | None, flat: Tensor, spec: CodecSpec
     ) -> tuple[Payload, int]:
-        start_ns = perf_counter_ns()
-        tensors = encode(flat, spec, key=key, backend=self._backend)
-        self._ledger.pack_ns += perf_counter_ns() - start_ns
-        if not flat.is_cpu:
-            self._ledger.packed_on_cpu = False
+        tensors = self._timed_encode(flat, spec, key)
         saved_bytes = spec.stored_bytes(flat.numel(), dtype)
         charges = Charge(self._ledger, saved_bytes=saved_bytes), raw
         parts = tensors, spec, flat.numel(), dtype, key, self._backend, self.cache, charges
@@ -347,6 +339,14 @@ class Store:
         payload = Movable(self.offload, saved_bytes, *parts)
         self.offload.add(payload)
         return payload, saved_bytes
+
+    def _timed_encode(self, flat: Tensor, spec: CodecSpec, key: int) -> tuple[Tensor, ...]:
+        start_ns = perf_counter_ns()
+        tensors = encode(flat, spec, key=key, backend=self._backend)
+        self._ledger.pack_ns += perf_counter_ns() - start_ns
+        if not flat.is_cpu:
+            self._ledger.packed_on_cpu = False
+        return tensors
 
     def _raw_charge(self, storage: UntypedStorage, entry: StoredStorage) -> tuple[Charge, int]:
         charge = entry.raw_charge()
@@ -376,8 +376,12 @@ def _has_rows(tensor: Tensor, layout: Layout) -> bool:
     return bool(layout.size) and layout.dense and tensor.stride(0) * layout.size[0] == layout.numel
 
 
-def _is_no_smaller(spec: CodecSpec, layout: Layout, tensor: Tensor, storage: UntypedStorage) -> bool:
-    return spec.codec != "identity" and spec.stored_bytes(layout.numel, tensor.dtype) >= storage.nbytes()
+def _code_bytes(spec: CodecSpec | None, layout: Layout | None, tensor: Tensor, nbytes: int) -> int | None:
+    """Bytes of a tensor's code; ``None`` where it has none, or one that takes no less than the storage's ``nbytes``."""
+    if spec is None or layout is None:
+        return None
+    code_bytes = spec.stored_bytes(layout.numel, tensor.dtype)
+    return code_bytes if code_bytes < nbytes or spec.codec == "identity" else None
 
 
 def _enter(row: SiteBytes, step: int, spec: CodecSpec, saved_bytes: int) -> None:
