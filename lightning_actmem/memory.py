@@ -112,8 +112,8 @@ def return_freed_memory() -> bool:
     """Have glibc give freed tensors back to the system at once, in this process from now on.
 
     By itself it takes every freed tensor of up to 32 MiB for a reason to keep the next one of that size, and what it
-    keeps falls into fragments: of a residual MLP whose tensors took 55 MiB at their peak the process held 401 MiB after
-    20 steps, and more with every hundred. Steps take longer for it, in that MLP of small layers three times as long.
+    keeps falls into fragments, so that a process may grow for hundreds of steps. Steps take longer for it, those of
+    small layers several times as long.
 
     Returns:
         Whether it does: not where the environment has ``MALLOC_MMAP_THRESHOLD_``, nor with another C library.

@@ -101,7 +101,7 @@ class Measuring:
 
         Rounding does more to one sub-batch than to another, at most sites alike, and each site is measured on one of
         them. So its error counts in proportion to what the whole plan does there (a ratio estimate: Cochran, "Sampling
-        techniques", 1977, chapter 6): on a transformer the scatter of a site falls from 27 to 21 %.
+        techniques", 1977, chapter 6), and scatters less.
         """
         errors: dict[Target, list[float]] = {}
         totals = torch.stack(self._totals)

@@ -42,9 +42,9 @@ def plan(
     Runs two real training steps with each of two small batches and continues the straight line through them: for the
     peak one line for each moment of a step, the highest of which counts. Stored bytes are exact where tensors fill
     whole groups in the small batches too; the peak is the more accurate the larger the small batches are, because the
-    temporaries of packing stop growing from some size of tensor on. For ``noise``
-    the bits are chosen as a run would choose them, but by measuring on the small batches, with the weights of now. A
-    row that cannot be traced says why (`MemoryPlan.unpredicted`), and the others have their figures.
+    temporaries of packing stop growing from some size of tensor on. For ``noise`` the bits are chosen as a run would
+    choose them, but by measuring on the small batches, with the weights of now. A row that cannot be traced says why
+    (`MemoryPlan.unpredicted`), and the others have their figures.
 
     Args:
         model: The module; its state is as before afterwards (`BatchTrials` says what of it).

@@ -21,8 +21,8 @@ _OWN_DERIVATIVE = frozenset("sigmoid tanh exp".split())
 class PackedFirst(Payload):
     """A payload that is the first handle of itself, and holds the bytes of its storage until somebody else asks.
 
-    Most of what is packed is saved once: payload, handle and charges of their own take 2 us more, and work for the
-    garbage collector.
+    Most of what is packed is saved once: payload, handle and charges of their own would be as much again of
+    the hooks' work, and work for the garbage collector.
 
     Args:
         tensors: What the codec returned.
