@@ -20,7 +20,7 @@ from rich.table import Table
 from lightning_actmem.config import BITS
 
 from .measure import interleaved_seconds, peak_bytes, quantiles_20_50_80
-from .methods import ActMem, CopyAlone, Method, all_methods
+from .methods import ActMem, BareHooks, CopyAlone, Method, all_methods
 from .models import CHAIN_OPERATIONS, MODELS, workload
 from .results import Row, append, environment
 
@@ -63,7 +63,8 @@ def measure(
     is_chain = name == CHAIN
     repeats *= CHAIN_REPEATS_FACTOR if is_chain else 1
     work = workload(name, batch, device, dtype == "bf16")
-    chain_methods = [Method(), *(ActMem(**settings, **fields) for settings in CHAIN_SETTINGS), CopyAlone()]
+    packed = [ActMem(**settings, **fields) for settings in CHAIN_SETTINGS]
+    chain_methods = [Method(), *packed, CopyAlone(), BareHooks()]
     methods = chain_methods if is_chain else all_methods(tuple(bits), **fields)
     methods[0].step(work)  # makes the gradients
     stored = [method.stored(work) for method in methods]
@@ -119,13 +120,17 @@ def table_of(rows: Sequence[Row]) -> Table:
 
 def overhead(rows: Sequence[Row]) -> str:
     """Say what the hooks cost: (packed - plain) / operations, forward and backward, less the codec's own work."""
-    plain, *packed, codec = rows
+    plain, *packed, codec, bare = rows
+    least = (bare.us_per_op or 0.0) - (plain.us_per_op or 0.0)
     each = []
     for row in packed:
         settings = f" ({row.note})" if row.note else ""
         own = (codec.us_per_op or 0.0) if "identity" in row.note else 0.0
         each.append(f"{(row.us_per_op or 0.0) - (plain.us_per_op or 0.0) - own:.1f} us at bits={row.bits}{settings}")
-    return f"ActMem's overhead per operation, forward and backward, beyond the codec's work: {', '.join(each)}"
+    return (
+        f"ActMem's overhead per operation, forward and backward, beyond the codec's work: {', '.join(each)}. "
+        f"Hooks and a torch-function mode that do nothing: {least:.1f} us"
+    )
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

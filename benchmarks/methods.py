@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_actmem import ActMemEngine
@@ -97,6 +98,28 @@ class ActMem(Method):
 
     def note(self, work: Workload) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.fields.items())
+
+
+class BareHooks(Method):
+    """The least that following operations and hooks can take: a torch-function mode that runs, hooks that detach."""
+
+    name = "bare hooks"
+
+    @contextmanager
+    def applied(self, work: Workload) -> Iterator[None]:
+        with _Bare(), saved_tensors_hooks(Tensor.detach, lambda tensor: tensor):
+            yield
+
+    def stored(self, work: Workload) -> Stored:
+        """Return what plain training stores, as these hooks do: the meter is a pair of such hooks itself."""
+        return Method().stored(work)
+
+
+class _Bare(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return func(*args, **kwargs) if kwargs else func(*args)
 
 
 class CopyAlone(Method):

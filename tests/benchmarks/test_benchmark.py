@@ -121,15 +121,17 @@ def test_other_settings_are_noted() -> None:
 
 
 def test_overhead_per_operation() -> None:
-    plain, *packed, codec = memory.measure("chain", repeats=1)
+    plain, *packed, codec, bare = memory.measure("chain", repeats=1)
     assert [(row.bits, row.note) for row in packed] == [(32, ""), (4, ""), (4, "codec=identity, min_elements=0")]
     assert (plain.us_per_op or 0) == pytest.approx(1e3 * plain.step_ms / CHAIN_OPERATIONS, abs=0.01)
     assert all(row.stored_bytes == plain.stored_bytes for row in packed)
     assert codec.stored_bytes == 4 * CLASSES * CHAIN_OPERATIONS
-    line = memory.overhead([plain, *packed, codec])
+    assert bare.stored_bytes == plain.stored_bytes
+    line = memory.overhead([plain, *packed, codec, bare])
     assert f"{(packed[1].us_per_op or 0) - (plain.us_per_op or 0):.1f} us at bits=4, " in line
     beyond = (packed[2].us_per_op or 0) - (plain.us_per_op or 0) - (codec.us_per_op or 0)
-    assert line.endswith(f"{beyond:.1f} us at bits=4 (codec=identity, min_elements=0)")
+    assert f", {beyond:.1f} us at bits=4 (codec=identity, min_elements=0). " in line
+    assert line.endswith(f" {(bare.us_per_op or 0) - (plain.us_per_op or 0):.1f} us")
 
 
 def test_the_program_appends_to_the_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,7 +141,7 @@ def test_the_program_appends_to_the_csv(tmp_path: Path, capsys: pytest.CaptureFi
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS
-    assert [row["method"] for row in rows] == ["plain", "actmem", "actmem", "actmem", "copy alone"] * 2
+    assert [row["method"] for row in rows] == ["plain", "actmem", "actmem", "actmem", "copy alone", "bare hooks"] * 2
     assert "overhead per operation" in capsys.readouterr().out
 
 
