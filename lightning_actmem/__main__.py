@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,8 +101,9 @@ def _build(options: argparse.Namespace, others: Sequence[str]) -> tuple[Lightnin
     if "model" not in sections:
         raise ActMemError("a model is needed. Give --model with its class path, or --config with a section `model`.")
     try:
-        given = builder.parse_object(sections, defaults=True)
-        built = builder.instantiate_classes(builder.parse_args(list(others), namespace=given))
+        # In one go: a section alone may lack what the command line gives.
+        given = [f"--{name}={json.dumps(section)}" for name, section in sections.items()]
+        built = builder.instantiate_classes(builder.parse_args([*given, *others]))
     except ArgumentError as error:
         raise ActMemError(str(error)) from error
     return built.model, built.get("data")

@@ -27,7 +27,7 @@ def plan(
     model: LightningModule,
     datamodule: LightningDataModule | None = None,
     *,
-    bits: Sequence[int] = (8, 4, 2),
+    bits: int | Sequence[int] = (8, 4, 2),
     noise: float | None = 0.05,
     batch_size: int | None = None,
     budget: int | str | None = None,
@@ -49,7 +49,7 @@ def plan(
     Args:
         model: The module; its state is as before afterwards (`BatchTrials` says what of it).
         datamodule: The data, unless the model brings its own.
-        bits: Widths to compare with plain training.
+        bits: Widths, or the one, to compare with plain training.
         noise: Noise (as in `ActMemConfig`) for a row with bits that adapt; ``None``: no such row.
         batch_size: The batch to predict for; ``None``: the one that is set.
         budget: Memory to fill: bytes or a text such as ``"80GiB"`` or ``"1000000"``; ``None``: no largest batch
@@ -71,7 +71,7 @@ def plan(
     """
     _check(trace, batch_size)
     budget_bytes = None if budget is None else parse_bytes(budget)
-    cases = _cases(config, bits, noise)
+    cases = _cases(config, [bits] if isinstance(bits, int) else bits, noise)
     blocks = repeated_blocks(model) if checkpointed is None else matching(model, checkpointed) if checkpointed else None
     tracer = Tracer(model, datamodule, trace, batch_arg_name, accelerator)
     traced, unpredicted = _traced(tracer, cases, blocks or {})

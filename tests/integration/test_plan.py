@@ -33,6 +33,13 @@ class Mlp(Net):
         self.net = nn.Sequential(nn.Linear(FEATURES, WIDTH), *blocks, nn.Linear(WIDTH, CLASSES))
 
 
+class Deep(Mlp):
+    """With an argument that has no default."""
+
+    def __init__(self, depth: int, batch_size: int = BATCH) -> None:
+        super().__init__(batch_size, depth)
+
+
 class Relu(Mlp):
     """ReLU, dropout and a tied weight."""
 
@@ -247,7 +254,7 @@ def test_a_figure_has_a_line_for_each_method(tmp_path, monkeypatch):
         ({"trace": (64, 32)}, ValueError, "two batch sizes, the smaller one first, got \\[64, 32\\]"),
         ({"trace": (32,)}, ValueError, "exactly two batch sizes, .* got \\[32\\]"),
         ({"trace": (8, 16, 32)}, ValueError, "exactly two batch sizes, .* got \\[8, 16, 32\\]"),
-        ({"noise": 0.0}, ValueError, "noise must be above 0, got 0.0"),
+        ({"noise": 0.0}, ValueError, "noise must be above 0 and finite, got 0.0"),
         ({"batch_size": 0}, ValueError, "batch_size must be 1 or more, got 0"),
         ({"trace": (32, 4096)}, ActMemError, "within the 2048 samples of the data"),
         ({"checkpointed": ["nothing"]}, ValueError, "must match submodules of the model, got \\['nothing'\\]"),
@@ -287,6 +294,17 @@ class TestCommandLine:
         assert "4 bits" in out
         assert "noise=0.1" in out
         assert json.loads(path.read_text())["batch_size"] == BATCH
+
+    @pytest.mark.parametrize("in_file", [False, True], ids=["command line alone", "the rest in a file"])
+    def test_an_argument_without_default(self, in_file, capsys, tmp_path):
+        """It was missed before the command line's own arguments were looked at."""
+        name, path = "tests.integration.test_plan.Deep", tmp_path / "run.yaml"
+        path.write_text(f"model: {{class_path: {name}, init_args: {{batch_size: 96}}}}\n")
+        model = ["--config", str(path)] if in_file else ["--model", name, "--model.batch_size", "96"]
+        main(["plan", *model, "--model.depth", "2", "--bits", "4", "--noise", "0"])
+        out = capsys.readouterr().out
+        assert "2 x MlpBlock" in out
+        assert "batch size 96" in out
 
     def test_a_lightning_cli_configuration(self, capsys, tmp_path):
         path = tmp_path / "run.yaml"
