@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .predict import Line, Trial
+from .trial import Line, Trial
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import inf, sqrt
 
+from .envelope import Envelope
 from .memory import human_bytes
+from .trial import Line, Trial
 
 #: A secant that goes further than the safe estimate by more than this is not trusted: memory may have a kink behind it.
 _TRUSTED = 1.03
@@ -16,74 +18,9 @@ _SAFE_SHARE = 0.8
 _FLAT_STEP = 8
 _BACK_OFF = 0.94
 _STRAIGHT = 0.05  # the share by which the slopes of two secants of a straight line may differ
+_FLAT = 0.8  # and by which they differ at least where the first one was flat
 # Memory is not quite a straight line, and a near miss costs a trial.
 _LEAST_DOUBT, _MOST_DOUBT = 0.02, 0.045
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What some training steps with a batch size took.
-
-    Args:
-        batch_size: Samples per step and device.
-        peak_bytes: Largest number of bytes allocated at one time; 0 when memory ran out.
-        resting_bytes: Bytes that stay between steps: weights, buffers, optimizer state; counted as the peak is.
-        stored_bytes: Activation bytes stored for the backward pass, of those at the peak; ``None`` when unknown.
-        out_of_memory: Whether memory ran out.
-        samples: Samples that the steps really had, when the data did not give as many as asked for.
-        moments: The peaks of the last step's moments, one after the other; empty where they were not told apart.
-    """
-
-    batch_size: int
-    peak_bytes: int
-    resting_bytes: int = 0
-    stored_bytes: int | None = None
-    out_of_memory: bool = False
-    samples: int | None = None
-    moments: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Line:
-    """Peak memory as a function of the batch size: ``fixed_bytes + bytes_per_sample * batch_size``.
-
-    Args:
-        fixed_bytes: Weights, gradients, optimizer state, workspace.
-        bytes_per_sample: Activations, stored and transient, and the batch itself.
-
-    Example:
-        >>> line = Line.through(Trial(8, 1800), Trial(16, 2600))
-        >>> line.peak_bytes(32), line.largest(10_000)
-        (4200, 90)
-    """
-
-    fixed_bytes: float
-    bytes_per_sample: float
-
-    @classmethod
-    def through(cls, first: Trial, second: Trial) -> Line:
-        """Return the line through two trials with different batch sizes."""
-        slope = (second.peak_bytes - first.peak_bytes) / (second.batch_size - first.batch_size)
-        return cls(first.peak_bytes - slope * first.batch_size, slope)
-
-    @classmethod
-    def safe(cls, trial: Trial) -> Line:
-        """Return a line that lies above the peak of larger batches.
-
-        The peak is the larger of what the optimizer's step takes, the same for every batch, and of what forward and
-        backward take, ``a + c·B`` with ``a`` at least the resting bytes. Either way ``c <= (peak - resting) / B``.
-        """
-        return cls(trial.resting_bytes, (trial.peak_bytes - trial.resting_bytes) / trial.batch_size)
-
-    def peak_bytes(self, batch_size: int) -> int:
-        """Return the peak for a batch size."""
-        return round(self.fixed_bytes + self.bytes_per_sample * batch_size)
-
-    def largest(self, budget_bytes: int) -> int | None:
-        """Return the largest batch size within a budget, perhaps 0; ``None`` when memory does not grow with it."""
-        if self.bytes_per_sample <= 0:
-            return None
-        return max(0, int((budget_bytes - self.fixed_bytes) / self.bytes_per_sample))
 
 
 @dataclass
@@ -92,8 +29,10 @@ class BatchSearch:
 
     A small batch; then most of what it lets expect on the safe side; then the prediction, on the safe side again where
     the two do not agree with a straight line; then, where it is worth it, one more on the line through the largest two,
-    short of the budget by what the bend so far puts in doubt. Only batches whose own trial has succeeded are returned;
-    one that ran before memory ran out is run once more, or, where that was the last trial, stands.
+    short of the budget by what the bend so far puts in doubt. Where trials tell the moments of a step apart, each has a
+    line of its own, and the optimizer's step may be the peak of the first batches without hiding what is to come. Only
+    batches whose own trial has succeeded are returned; one that ran before memory ran out is run once more, or, where
+    that was the last trial, stands.
 
     Args:
         budget_bytes: What may be allocated at one time.
@@ -140,13 +79,37 @@ class BatchSearch:
     def grows(self) -> bool:
         """Whether memory grows with the batch, as far as one can tell."""
         fit = self.fitting
-        return len(fit) < 2 or fit[-1].peak_bytes > fit[0].peak_bytes or self.failed is not None
+        # Not than with the smallest batch, which comes first and may pay for what is made once.
+        least = min((trial.peak_bytes for trial in fit), default=0)
+        return len(fit) < 2 or fit[-1].peak_bytes > least or self.failed is not None
 
     @property
     def line(self) -> Line | None:
-        """The line through the two largest batches that were measured."""
+        """The line through the two largest batches that were measured; of the moment that reaches the budget first."""
+        largest = self._largest_two
+        if largest is None:
+            return None
+
+        def end(line: Line) -> float:
+            batch_size = line.largest(self.budget_bytes)
+            return inf if batch_size is None else batch_size
+
+        return min(Envelope.through(*largest).lines, key=end)
+
+    @property
+    def _largest_two(self) -> tuple[Trial, Trial] | None:
+        """The two largest batches that were measured, the smaller one first."""
         measured = {trial.batch_size: trial for trial in self.trials if not trial.out_of_memory}
-        return Line.through(*(measured[size] for size in sorted(measured)[-2:])) if len(measured) > 1 else None
+        if len(measured) < 2:
+            return None
+        smaller, larger = sorted(measured)[-2:]
+        return measured[smaller], measured[larger]
+
+    @property
+    def _tells_moments(self) -> bool:
+        """Whether that line is one moment's: another one, such as the optimizer's step, may be the peak so far."""
+        largest = self._largest_two
+        return largest is not None and 0 < len(largest[0].moments) == len(largest[1].moments)
 
     def run(self, measure: Callable[[int], Trial]) -> int | None:
         """Measure batch sizes until the largest one is found.
@@ -222,6 +185,11 @@ class BatchSearch:
         # Behind a kink the secant of two batches says nothing; a third one on it says that there was none.
         if safe is None or secant <= _TRUSTED * safe or (len(fit) > 2 and self._bend(fit) < _STRAIGHT):
             return secant
+        if self._tells_moments:
+            near = max(int(_SAFE_SHARE * secant), min(secant, int(_TRUSTED_MORE * safe)))
+            return near if len(fit) == 2 and self.failed is None else secant
+        if len(fit) > 2 and self._bend(fit) > _FLAT:
+            return safe  # flat before: the optimizer's step, so that the last two lie on both sides of a kink
         is_slope = len(fit) > 2 or fit[0].peak_bytes > _OPTIMIZERS_SHARE * fit[0].resting_bytes
         return min(secant, int(_TRUSTED_MORE * safe)) if is_slope else safe
 
@@ -272,4 +240,6 @@ class BatchSearch:
         (first, second) = known[-2:]
         assert first.stored_bytes is not None
         assert second.stored_bytes is not None
-        return round((second.stored_bytes - first.stored_bytes) / (second.batch_size - first.batch_size))
+        # None where there was nothing to pack in the smaller batch, or the last step of either was cut short.
+        growth = round((second.stored_bytes - first.stored_bytes) / (second.batch_size - first.batch_size))
+        return growth if growth > 0 else None

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_actmem.envelope import Envelope
-from lightning_actmem.predict import Line, Trial
+from lightning_actmem.trial import Line, Trial
 
 lines = st.lists(st.builds(Line, st.integers(-1000, 10_000), st.integers(-20, 100)), min_size=1, max_size=12)
 

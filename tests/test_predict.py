@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_actmem.predict import BatchSearch, Line, Trial
+from lightning_actmem.predict import BatchSearch
+from lightning_actmem.trial import Line, Trial
 
 MIB = 2**20
 
@@ -157,6 +158,56 @@ def test_memory_that_does_not_grow():
     search = BatchSearch(MIB, limit=10_000)
     assert search.run(trial_of(lambda b: 5000, 4000)) is not None
     assert not search.grows
+
+
+def test_growth_is_seen_where_the_first_trial_took_more_than_the_next():
+    """It pays for what is made once (seen with LBFGS): a batch of 100 that ran was given up."""
+    peaks = {8: 4_200_000, 16: 3_900_000, 38: 3_900_000, 100: 4_000_000}
+    search = BatchSearch(8 * MIB)
+    search.trials += [Trial(size, peak) for size, peak in peaks.items()]
+    assert (search.grows, search.best) == (True, 100)
+
+
+@pytest.mark.parametrize("budget", [6, 7, 8, 10, 12, 16, 20, 40])
+@pytest.mark.parametrize("optimizer", [0.5, 1.0, 1.5, 2.5])
+def test_the_optimizers_step_hides_nothing_where_moments_are_told_apart(optimizer, budget):
+    """It is the peak of small batches: the line through two of them is flat, and one through its end is too flat."""
+
+    def moments(batch_size: int) -> tuple[int, ...]:
+        rest = 1.4 * MIB
+        forward, backward = rest + 0.4 * MIB + 4500 * batch_size, rest + 0.2 * MIB + 5000 * batch_size
+        return round(forward), round(backward), round(rest + optimizer * MIB)
+
+    search = BatchSearch(budget * MIB)
+    found = search.run(lambda size: Trial(size, max(moments(size)), round(1.4 * MIB), moments=moments(size)))
+    largest = true_largest(lambda size: max(moments(size)), budget * MIB)
+    assert len(search.trials) <= 4
+    assert found is not None
+    assert 0.94 * largest <= found <= largest
+
+
+@pytest.mark.parametrize("budget", [7, 8, 10, 12, 16, 20, 40])
+def test_beyond_the_optimizers_step_the_last_trial_does_not_go_too_far(budget):
+    """The line through one batch below the end of that step and one above it is too flat, and no trial is left."""
+    resting = 1.4 * MIB
+
+    def peak(batch_size: int) -> float:
+        return max(resting + MIB, resting + 0.4 * MIB + 4500 * batch_size)
+
+    search = BatchSearch(budget * MIB)
+    found = search.run(trial_of(peak, resting))
+    assert len(search.trials) <= 4
+    assert found is not None
+    assert 0.7 * true_largest(peak, budget * MIB) <= found <= true_largest(peak, budget * MIB)
+
+
+@pytest.mark.parametrize("stored", [(900, 900), (900, 200)])
+def test_bytes_stored_per_sample_are_told_only_where_they_grow(stored):
+    search = BatchSearch(MIB)
+    search.trials += [Trial(8, 1000, stored_bytes=stored[0]), Trial(16, 2000, stored_bytes=stored[1])]
+    assert "per sample; budget" in search.explain()
+    search.trials.append(Trial(32, 4000, stored_bytes=stored[1] + 1600))
+    assert "(100 B of it stored for the backward pass)" in search.explain()
 
 
 def test_out_of_memory_below_the_budget_backs_off():

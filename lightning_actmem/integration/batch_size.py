@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
@@ -103,7 +104,7 @@ class ActMemBatchSizeFinder(Callback):
             return_freed_memory()
         with BatchTrials(trainer, self._name, engine_of(trainer), resident=is_real) as trials:
             search = self.search = self._new_search(trainer, trials)
-            found = search.run(trials.run)
+            found = search.run(partial(trials.run, moments=True))
         self._conclude(trials, found)
 
     def _new_search(self, trainer: Trainer, trials: BatchTrials) -> BatchSearch:
@@ -132,7 +133,7 @@ class ActMemBatchSizeFinder(Callback):
                 f"not even one sample fits into {human_bytes(search.budget_bytes)}: {search.explain()}. "
                 f"Raise the budget, use fewer bits, or train a smaller model.{trials.explain()}"
             ) from trials.error
-        if not search.grows:
+        if not search.grows and found != self._max_batch_size:
             warnings.warn(
                 f"ActMem: memory does not grow with the batch ({search.explain()}), so there is no largest one. "
                 f"{self._name} stays {trials.batch_size}; set it by hand.",

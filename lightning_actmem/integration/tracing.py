@@ -15,8 +15,8 @@ from ..adapt.adapter import Adapter
 from ..engine import ActMemEngine
 from ..envelope import Envelope
 from ..errors import ActMemError
-from ..predict import Trial
 from ..report import StepReport
+from ..trial import Trial
 from .adaptation import CHECK_FACTOR, MAX_PASSES
 from .callback import ActMem
 from .kept import silent_lightning

@@ -21,7 +21,7 @@ from ..engine import ActMemEngine
 from ..errors import ActMemError
 from ..memory import collect, free_failed, held_bytes, is_out_of_memory
 from ..peak import PeakMeter, ResidentMeter
-from ..predict import Trial
+from ..trial import Trial
 from .kept import (
     forget_data,
     kept_checkpoint,

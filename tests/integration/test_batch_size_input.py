@@ -113,7 +113,8 @@ def test_a_budget_that_is_too_small(budget, message):
         fit(Net(), callbacks=[ActMemBatchSizeFinder(budget)])
 
 
-def test_memory_that_does_not_grow_with_the_batch():
+@pytest.fixture
+def flat() -> type[SizedNet]:
     class Flat(SizedNet):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return (self.net[0].weight * torch.ones(1000, 1, 1)).sum()
@@ -121,10 +122,20 @@ def test_memory_that_does_not_grow_with_the_batch():
         def train_dataloader(self) -> DataLoader[Any]:
             return DataLoader([torch.tensor(0)] * 64, batch_size=self.batch_size, collate_fn=lambda items: [items])
 
-    model = Flat()
+    return Flat
+
+
+def test_memory_that_does_not_grow_with_the_batch(flat):
+    model = flat()
     with pytest.warns(ActMemWarning, match=r"memory does not grow with the batch .* batch_size stays 8"):
         fit(model, callbacks=[ActMemBatchSizeFinder("64MiB")])
     assert model.batch_size == 8
+
+
+def test_memory_that_does_not_grow_up_to_the_largest_batch_that_is_wanted(flat):
+    model = flat()
+    fit(model, callbacks=[ActMemBatchSizeFinder("64MiB", max_batch_size=32)])
+    assert model.batch_size == 32
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from lightning_actmem import ActMem, ActMemBatchSizeFinder
 from lightning_actmem.integration.batch_size import engine_of
 from lightning_actmem.integration.moments import told_moments
 from lightning_actmem.integration.trials import BatchTrials
-from lightning_actmem.predict import Trial
+from lightning_actmem.trial import Trial
 from tests.integration.sized_nets import Mlp
 from tests.integration.support import PACK_ALL, ManualNet, Net, assert_bit_equal, fit
 
