@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,7 +73,7 @@ class ActMemConfig:
         offload: Whether packed tensors move to pinned host memory and come back in backward, on a CUDA device: false,
             true (all of them, but for what would have to come back at once), or the bytes that stay on the device
             (``"2GiB"``): what is beyond them moves, the oldest first. ``budget`` limits what is stored in all.
-        summary: Print the per-layer table after the first training step.
+        summary: Print the per-layer table after the first training step, where Lightning prints its model summary.
         verbose: Print at every adaptation what changes and why, and the table again.
 
     Raises:
@@ -163,8 +164,8 @@ class ActMemConfig:
         noise: Any = self.noise
         if noise is not None and (not isinstance(noise, (int, float)) or isinstance(noise, bool)):
             raise TypeError(f"noise must be a number such as 0.05, got {noise!r}.")
-        if noise is not None and not noise > 0:
-            raise ValueError(f"noise must be above 0, got {noise}. Use bits=32 for no noise at all.")
+        if noise is not None and not 0 < noise < math.inf:
+            raise ValueError(f"noise must be above 0 and finite, got {noise}. Use bits=32 for no noise at all.")
         if not (self.budget is None or isinstance(self.budget, str)):
             raise TypeError(f"budget must be a text such as '4GiB', got {self.budget!r}.")
         if self.budget is not None:

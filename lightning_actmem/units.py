@@ -33,7 +33,7 @@ def parse_bytes(size: int | str) -> int:
     if isinstance(size, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", size)
         factor = None if match is None else _FACTORS.get(match[2].lower())
-        if match is None or factor is None:
+        if match is None or factor is None or ("." in match[1] and factor == 1):
             raise ValueError(f"an amount of memory must look like '4GiB', '800MB' or '1000000', got {size!r}.")
         count = int(float(match[1]) * factor)
     elif type(size) is int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ from lightning_actmem import ActMemConfig
         ({"seed": -1}, r"seed must be from 0 to 2\*\*31 - 1, got -1"),
         ({"adapt_every": -1}, r"adapt_every must be 0 or more, got -1\. Use 0 for once an epoch"),
         ({"method": "auto"}, r"method must be one of 'actmem', 'actnn', 'gact', got 'auto'"),
-        ({"noise": 0}, r"noise must be above 0, got 0\. Use bits=32"),
+        ({"noise": math.inf}, "noise must be above 0 and finite, got inf"),
+        ({"noise": 0}, r"noise must be above 0 and finite, got 0\. Use bits=32"),
         ({"budget": "4 pies"}, r"an amount of memory must look like '4GiB', .*, got '4 pies'"),
         ({"budget": "0"}, r"an amount of memory must be above 0 bytes, got '0'"),
         ({"offload": "4 pies"}, r"offload must be true, false or the bytes .*, got '4 pies': .* must look like '4GiB'"),

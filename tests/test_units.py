@@ -31,6 +31,8 @@ def test_sizes(size: int | str, count: int) -> None:
         ("-4GiB", ValueError, "like '4GiB'"),
         (0, ValueError, "above 0 bytes, got 0"),
         ("0", ValueError, "above 0 bytes, got '0'"),
+        ("4.5", ValueError, "like '4GiB', '800MB' or '1000000', got '4.5'"),
+        ("4.5 b", ValueError, "like '4GiB', '800MB' or '1000000', got '4.5 b'"),
         (True, TypeError, "got True"),
         (1.5, TypeError, "got 1.5"),
     ],

@@ -16,7 +16,7 @@ from .adaptation import Adaptation
 from .figures import log_figures
 from .metrics import StepMetrics
 from .shadow import CompressedTrainingStep
-from .summary import TITLE, changes_text, render, show, summarize, wants_summary
+from .summary import TITLE, changes_text, prints, render, show, summarize, wants_summary
 
 # What a callback or strategy takes for `config`. In this order jsonargparse hands over what was written, no more:
 # with ActMemConfig before Mapping, a value that it refuses would come back as text and be taken for a file name.
@@ -53,7 +53,7 @@ class ActMem(Callback):
         adapt_every: Training batches between two adaptations; 0: once an epoch.
         method: ``"actmem"``, ``"actnn"`` or ``"gact"``.
         offload: Whether packed tensors move to the host, or the bytes that stay on the device (``"2GiB"``).
-        summary: Print the per-layer table after the first training step.
+        summary: Print the per-layer table after the first training step, where Lightning prints its model summary.
         verbose: Print at every adaptation what changes and why, and the table again.
         **fields: No others; a misspelled one is refused with the right name.
 
@@ -125,6 +125,7 @@ class ActMem(Callback):
         self._compressed: CompressedTrainingStep | None = None
         self._metrics: StepMetrics | None = None
         self._title = ""
+        self._stage = ""  # of the trainer that is at work
 
     @property
     def state_key(self) -> str:
@@ -142,6 +143,7 @@ class ActMem(Callback):
             ValueError: If another `ActMem` in this trainer has other settings.
             ActMemError: If the settings need another device than the trainer's.
         """
+        self._stage = stage
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         first = next(callback for callback in callbacks if isinstance(callback, ActMem))
         if first is not self:
@@ -172,7 +174,7 @@ class ActMem(Callback):
         if self._metrics is not None:
             self._metrics.keep(record.metrics())
             log_figures(trainer, self.adaptation.history)
-        if self.engine.config.verbose and wants_summary(trainer):
+        if self.engine.config.verbose and prints(trainer):
             show(trainer, changes_text(record))
             if record.changes:
                 self._title = f"ActMem: what a training step has stored since step {record.step}"
@@ -208,19 +210,28 @@ class ActMem(Callback):
         return {**self.engine.state_dict(), "adaptation": self.adaptation.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where the state was taken."""
+        """Continue where the state was taken; does nothing while the trainer validates, tests or predicts.
+
+        Lightning restores callbacks there too: ``trainer.test(ckpt_path="best")`` at the end of a run would take back
+        what the run has found since that checkpoint.
+        """
+        if self._stage not in ("", "fit"):
+            return
         self.engine.load_state_dict(state_dict)
         if "adaptation" in state_dict:
             self.adaptation.load_state_dict(state_dict["adaptation"])
 
     def _share(self, partner: ActMem | None) -> None:
-        """Use one engine and one adaptation together with the strategy: its settings where nothing is given here."""
-        if partner is None or partner is self:
-            return
-        config = ActMemConfig.load({**partner.given, **self.given})
+        """Use one engine and one adaptation together with the strategy: its settings where nothing is given here.
+
+        Without one the settings are one's own again, whatever an earlier trainer's strategy has added to them.
+        """
+        theirs = {} if partner is None else partner.given
+        config = ActMemConfig.load({**theirs, **self.given})
         if config != self.engine.config:
             self.engine = ActMemEngine(config)
-        partner.engine, partner.adaptation = self.engine, self.adaptation
+        if partner is not None:
+            partner.engine, partner.adaptation = self.engine, self.adaptation
 
     def _restart(self, partner: ActMem | None) -> None:
         """Adapt afresh: what an earlier run has found holds for its model and data."""
@@ -250,6 +261,7 @@ class ActMem(Callback):
 
     def _release(self) -> None:
         self._stop()
+        self._stage = ""
         self.engine.release()
         # Lightning hands every callback the model's bound `log` and `log_dict`, and with them the model.
         for name in ("log", "log_dict"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import AbstractContextManager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -14,9 +15,12 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import LayerSync, Precision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy, StrategyRegistry
+from torch.nn.parallel import DistributedDataParallel
 
 from ..engine import ActMemEngine
 from .callback import ActMem, ConfigArgument
+
+_DDP_ARGUMENTS = {*signature(DDPStrategy).parameters, *signature(DistributedDataParallel).parameters} - {"kwargs"}
 
 
 class _ActMemMixin(Strategy):
@@ -68,7 +72,7 @@ class ActMemStrategy(_ActMemMixin, SingleDeviceStrategy):
         adapt_every: Training batches between two adaptations; 0: once an epoch.
         method: ``"actmem"``, ``"actnn"`` or ``"gact"``.
         offload: Whether packed tensors move to the host, or the bytes that stay on the device (``"2GiB"``).
-        summary: Print the per-layer table after the first training step.
+        summary: Print the per-layer table after the first training step, where Lightning prints its model summary.
         verbose: Print at every adaptation what changes and why, and the table again.
         device: The device; ``None`` takes it from the Trainer.
         accelerator: As for Lightning's strategies.
@@ -230,12 +234,12 @@ class ActMemDDPStrategy(_ActMemMixin, DDPStrategy):
         adapt_every: Training batches between two adaptations; 0: once an epoch.
         method: ``"actmem"``, ``"actnn"`` or ``"gact"``.
         offload: Whether packed tensors move to the host, or the bytes that stay on the device (``"2GiB"``).
-        summary: Print the per-layer table after the first training step.
+        summary: Print the per-layer table after the first training step, where Lightning prints its model summary.
         verbose: Print at every adaptation what changes and why, and the table again.
-        **ddp_arguments: Those of Lightning's ``DDPStrategy``.
+        **ddp_arguments: Those of Lightning's ``DDPStrategy`` and of ``DistributedDataParallel``, no others.
 
     Raises:
-        ValueError: If a setting is not allowed.
+        ValueError: If a setting is unknown or not allowed.
         TypeError: If a setting has the wrong type.
     """
 
@@ -269,6 +273,7 @@ class ActMemDDPStrategy(_ActMemMixin, DDPStrategy):
         verbose: bool | None = None,
         **ddp_arguments: Any,
     ) -> None:
+        unknown = {name: ddp_arguments.pop(name) for name in ddp_arguments.keys() - _DDP_ARGUMENTS}
         super().__init__(**ddp_arguments)
         self.actmem = ActMem(
             config,
@@ -294,6 +299,7 @@ class ActMemDDPStrategy(_ActMemMixin, DDPStrategy):
             offload=offload,
             summary=summary,
             verbose=verbose,
+            **unknown,  # refused, with the right name: DDP itself would only notice when the processes run
         )
 
     @classmethod

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelSummary
 
 from ..memory import human_bytes as human_bytes
@@ -44,13 +44,15 @@ class Summary:
     notes: tuple[str, ...]
 
 
+def prints(trainer: Trainer) -> bool:
+    """Whether this process is the one that prints, and the trainer prints at all."""
+    return trainer.is_global_zero and not trainer.barebones
+
+
 def wants_summary(trainer: Trainer) -> bool:
-    """Whether the table is to be shown: on rank zero, where Lightning shows its own model summary too."""
-    return (
-        trainer.is_global_zero
-        and not trainer.barebones
-        and any(isinstance(callback, ModelSummary) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    )
+    """Whether the table is to be shown: where Lightning shows its own model summary too."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return prints(trainer) and any(isinstance(callback, ModelSummary) for callback in callbacks)
 
 
 def show(trainer: Trainer, text: str) -> None:

@@ -37,9 +37,12 @@ def test_figures_of_an_epoch_without_a_written_step_come_at_its_end():
     assert logger.column("actmem/bits/net.1") == [record.bits["net.1"]]
 
 
-def test_verbose_says_what_changes_and_why(capsys):
+@pytest.mark.parametrize("with_summary", [True, False])
+def test_verbose_says_what_changes_and_why(with_summary, capsys):
+    """Asked for by name it prints without Lightning's model summary too."""
     actmem = ActMem(noise=NOISE, verbose=True, summary=False, **PACK_ALL)
-    run(actmem=actmem, epochs=3, enable_model_summary=True, callbacks=[ModelSummary()])
+    callbacks = [ModelSummary()] if with_summary else []
+    run(actmem=actmem, epochs=3, enable_model_summary=with_summary, callbacks=callbacks)
     text = capsys.readouterr().out
     first, second = adaptations(actmem)
     assert f"ActMem: bits at step {first.step}, epoch 1: noise " in text

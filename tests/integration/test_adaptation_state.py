@@ -126,3 +126,17 @@ def test_a_batch_size_that_is_searched_for_on_resuming_keeps_its_cap():
     other.adaptation.capped = True
     other.load_state_dict(actmem.state_dict())
     assert other.adaptation.capped
+
+
+def test_a_run_after_a_checkpoint_has_been_tested_adapts_afresh(tmp_path):
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=FIRST_BATCH + 2, save_top_k=-1, filename="{step}")
+    actmem = ActMem(noise=2 * NOISE, **PACK_ALL)
+    trainer = new_trainer(callbacks=[actmem, saving], max_steps=FIRST_BATCH + 4, enable_checkpointing=True)
+    trainer.fit(DryNet())
+    history = list(actmem.adaptation.history)
+    assert history
+    trainer.test(DryNet(), ckpt_path=tmp_path / f"step={FIRST_BATCH + 2}.ckpt", verbose=False)
+    assert actmem.adaptation.history == history
+    new_trainer(callbacks=[actmem], max_steps=FIRST_BATCH - 1).fit(DryNet())
+    assert actmem.adaptation.history
+    assert not any(record in history for record in actmem.adaptation.history)

@@ -30,6 +30,7 @@ REFUSED = {
     "unknown ActMem setting 'bit'. Did you mean 'bits'": lambda: ActMem(bit=4),
     "unknown ActMem setting 'group'": lambda: ActMemStrategy({"group": 64}),
     "codec must be one of .*, got 'zip'": lambda: ActMemDDPStrategy(codec="zip"),
+    "unknown ActMem setting 'bitz'. Did you mean 'bits'": lambda: ActMemDDPStrategy(bitz=4, static_graph=True),
 }
 
 
@@ -206,4 +207,27 @@ def test_a_checkpoint_of_a_plain_run_starts_the_noise_anew(tmp_path):
     resumed = new_trainer(max_steps=5, callbacks=actmem)
     with pytest.warns(UserWarning, match="ended before the epoch ended"):
         resumed.fit(Net(), ckpt_path=tmp_path / "plain.ckpt")
+    assert actmem.engine.step == 2
+
+
+def test_settings_of_a_strategy_end_with_its_trainer() -> None:
+    """The next trainer, with a strategy that has none, had them too."""
+    actmem = ActMem(seed=3, **PACK_ALL)
+    fit(strategy=ActMemStrategy(bits=2), callbacks=[actmem])
+    assert (actmem.engine.config.bits, actmem.engine.config.seed) == (2, 3)
+    fit(callbacks=[actmem])
+    assert (actmem.engine.config.bits, actmem.engine.config.seed) == (4, 3)
+
+
+@pytest.mark.parametrize("evaluate", ["test", "validate", "predict"])
+def test_evaluating_a_checkpoint_takes_nothing_back(evaluate: str, tmp_path: Any) -> None:
+    """Lightning restores callbacks there too: the run's state and history were those of the checkpoint afterwards."""
+    actmem = ActMem(**PACK_ALL)
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    trainer = fit(callbacks=[actmem, saving], enable_checkpointing=True, limit_predict_batches=1, limit_test_batches=1)
+    state = actmem.state_dict()
+    assert state["step"] == 3
+    getattr(trainer, evaluate)(trainer.lightning_module, ckpt_path=tmp_path / "step=2.ckpt")
+    assert actmem.state_dict() == state
+    actmem.load_state_dict({**state, "step": 2})  # by hand, when no trainer is at work
     assert actmem.engine.step == 2
