@@ -58,7 +58,7 @@ def test_declared_ranges() -> None:
     assert ranges == {
         "lightning": ("<2.7,>=2.5", ""),
         "omegaconf": (">=2.3", ""),
-        "torch": (">=2.6", ""),
+        "torch": (">=2.8", ""),
         "torchmetrics": (">=1.0", ""),
         "triton": (">=3.2", 'platform_system == "Linux"'),
     }
