@@ -46,6 +46,7 @@ def codecs_of(config: ActMemConfig, derive: bool) -> Codecs:
         loss=general(max(config.bits, config.loss_bits)),
         smallest=True,
         signed=_signed(general(config.bits), config) if derive else None,
+        within_rows=not config.adapts and config.codec != "measured",
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from lightning_actmem_kernels import CodecSpec, resolve_backend
 
@@ -301,12 +302,14 @@ class ActMemEngine:
 
     def _attention(self, function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Recompute attention in backward, unless somebody else's hooks decide what it saves."""
-        if self._stack.is_innermost():
+        if self._stack.is_innermost() and forward_ad._current_level < 0:
             return recomputed_attention(function, arguments, keywords)
         return function(*arguments, **keywords)
 
     def _may_replace(self, operation: str) -> bool:
         """Whether what an operation saves comes to these hooks, and may be rounded."""
+        if forward_ad._current_level >= 0:  # a replacement has no forward-mode derivative
+            return False
         return self._stack.is_innermost() and not self._identifier.keeps(operation, self._scope.stack[-1])
 
     def _activation_method(self, operation: str) -> str:

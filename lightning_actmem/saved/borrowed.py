@@ -27,6 +27,7 @@ class Borrowed:
     def __init__(self, module: nn.Module | None = None, inputs: Any = None) -> None:
         self.knows_inputs = inputs is not None
         self._owners: dict[int, str] = {}
+        self._versions: dict[int, int] = {}
         # Of what may die within the step: else its identity would be that of the next tensor there.
         self._weak: list[Any] = []
         self._free_weak_ref: Any = UntypedStorage._free_weak_ref  # at exit the class may go first
@@ -50,6 +51,11 @@ class Borrowed:
         except (NotImplementedError, RuntimeError):
             return False
 
+    def has_changed(self, weight: Tensor) -> bool:
+        """Whether a weight has been changed in place since the step began; of what is not known, no."""
+        version = weight._version
+        return self._versions.get(weight.untyped_storage()._cdata, version) != version
+
     def _own(self, tensor: Tensor | None, owner: str) -> None:
         if tensor is None:
             return
@@ -63,7 +69,9 @@ class Borrowed:
             return
         if storage.nbytes():
             self._owners[storage._cdata] = owner
-            if owner != "weight":
+            if owner == "weight":
+                self._versions[storage._cdata] = tensor._version
+            else:
                 self._weak.append(storage._weak_ref())
 
     def __del__(self) -> None:

@@ -15,6 +15,9 @@ REAL = frozenset(
     ]
 )
 
+# A batched tensor of `torch.vmap` has the type of any other, and no storage.
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
 
 class Geometry(NamedTuple):
     """A view of a storage at one version.
@@ -49,9 +52,10 @@ def extent(size: tuple[int, ...], stride: tuple[int, ...]) -> int:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is dense and its own: no subclass, not sparse, not conjugated."""
+    """Whether a tensor is dense and its own: no subclass, not sparse, not conjugated, not inside a ``vmap``."""
     return (
         type(tensor) in (Tensor, nn.Parameter)
+        and not _is_wrapped(tensor)
         and tensor.layout is torch.strided
         and not (tensor.is_nested or tensor.is_inference() or tensor.is_neg())
         and (tensor.dtype in REAL or not (tensor.is_quantized or tensor.is_conj()))

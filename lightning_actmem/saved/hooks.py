@@ -16,6 +16,7 @@ from .handle import Handle, PoolIndices, Stand
 from .identify import Identifier, Verdict
 from .ledger import BORROWED
 from .operation import COPYING
+from .own_derivative import may_divide
 from .payload import EXACT_BITS
 from .scope import LayerScope
 from .share import StoredStorage
@@ -100,6 +101,8 @@ class SavedTensorHooks:
         identity: int = storage._cdata
         call = self._tracker.call
         verdict = self._identifier.identify(tensor, identity, call, self._scope.stack[-1])
+        if store.own_derivatives.waiting and may_divide(verdict.operation, verdict.kind):
+            store.own_derivatives.keep_behind(tensor.grad_fn)
         if verdict.is_final and identity not in store.shared.noted:
             handle: Handle | Recast = store.put_first(tensor, storage, verdict)
         elif verdict.declared is not None:
@@ -122,7 +125,8 @@ class SavedTensorHooks:
     def _pack(self, tensor: Tensor, storage: UntypedStorage, verdict: Verdict) -> Handle | Recast:
         if verdict.kind in BORROWED:
             again = recast(tensor) if verdict.kind == "weight" and self._deriver is not None else None
-            if again is not None:
+            # Of a weight that changes within the step it may be a cast of what was there before.
+            if again is not None and not self._identifier.borrowed.has_changed(again.parameter):
                 return self._store.recast(again, verdict)
             return self._store.borrow(tensor, storage, verdict)
         derivable = verdict.derivable and self._deriver is not None

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lightning_actmem_kernels import CodecSpec, integer_bits
 
 from . import operation as ops
 from .borrowed import Borrowed
 from .declared import Declared
+from .fitted import of_derivatives, within_rows
 from .ledger import BORROWED
 from .patterns import Patterns
 from .payload import DERIVED_BITS, EXACT_BITS
@@ -36,6 +38,9 @@ POSITIONS = CodecSpec("integer", bits=4)
 # error would be multiplied over a whole row, and its bytes are few.
 _SMALL_FACTOR = 8
 _PRODUCTS_WITH_WEIGHTS = ops.LINEAR | ops.MATMUL
+_FILLED = frozenset("MaskedFillBackward0 MaskedFillBackward1 WhereBackward0".split())
+# What scaled_dot_product_attention multiplies.
+_MULTIPLIED = frozenset("query key value".split())
 # Whose activations have one verdict in one place, whatever else the operation is called with.
 _ORDINARY = ops.LINEAR | ops.ELEMENTWISE | ops.NORMS
 
@@ -51,6 +56,8 @@ class Codecs:
         loss: For what a loss saves.
         smallest: Whether to store of a tensor no more than its backward reads.
         signed: For the input of a batch norm that a ReLU follows, whose sign is stored too; ``None`` for no other code.
+        within_rows: Whether groups of a norm's input end where its rows do; where codecs follow from what is measured,
+            that has to tell.
     """
 
     general: CodecSpec | None
@@ -59,6 +66,7 @@ class Codecs:
     loss: CodecSpec | None = None
     smallest: bool = False
     signed: CodecSpec | None = None
+    within_rows: bool = False
 
     @property
     def copies(self) -> bool:
@@ -84,6 +92,7 @@ class Verdict(NamedTuple):
         signed: The codec for when a ReLU's sign, stored too, turns out to help (see `signed`).
         window: The max pool whose indices these are, if they fit in 4 bits; ``bit`` then gives the positions.
         pinned: Whether the codec is the user's own for this place, which no plan changes.
+        waits: Whether it is encoded only when nothing that divides has followed for a while (see `own_derivative`).
         is_final: Whether nothing may take its place, so that the first tensor of a storage goes to the store at once.
     """
 
@@ -101,6 +110,7 @@ class Verdict(NamedTuple):
     signed: CodecSpec | None = None
     window: Window | None = None
     pinned: bool = False
+    waits: bool = False
     is_final: bool = False
 
 
@@ -161,6 +171,10 @@ class Identifier:
         owner = self.borrowed.owner(storage_id)
         if owner is not None:
             return _by_reference(operation, owner, owner)
+        if (
+            forward_ad._current_level >= 0
+        ):  # this may be a tangent, which nothing tells from the tensor that it goes with
+            return _by_reference(operation, "operand", "weight" if is_weight(tensor) else "unsupported")
         if self._declared and (declared := self._declared.get(storage_id)) is not None:
             found = self._of_declared(tensor, operation, declared, frame.layer)
             return found._replace(pinned=True) if self._others.find(frame.layer, operation) else found
@@ -175,6 +189,8 @@ class Identifier:
             return self._small.get(place) or self._of_small(operation, role, frame.layer)
         known = self._ordinary.get(place)
         if known is not None and tensor.dtype in FLOATS and tensor.requires_grad and not tensor.is_leaf:
+            if operation in ops.PRODUCTS and _is_filled(tensor):
+                return Verdict(operation, role, "exact")
             return self._statistic(tensor, operation, role, call) or known
         verdict = self._of_place(operation, role, frame.layer)
         if verdict is not None:
@@ -226,7 +242,7 @@ class Identifier:
             return found._replace(kind="unsupported")
         if spec is None:
             return found._replace(kind="exact", derivable=not declared.own, least_bits=DERIVED_BITS)
-        spec = _of_derivatives(spec, declared.bounds)
+        spec = of_derivatives(spec, declared.bounds)
         return found._replace(spec=spec, derivable=not declared.own, least_bits=1)
 
     def _codecs_of(self, operation: str, layer: str) -> Codecs:
@@ -266,6 +282,8 @@ class Identifier:
             return Verdict(operation, role, "attention", derivable=True, least_bits=least_bits, is_output=True)
         if not ops.running_checkpoint():  # not recomputed: what the kernel saved belongs together
             return Verdict(operation, role, "attention")
+        if role not in _MULTIPLIED:  # a mask of floats: beside its -inf or -1e9 a group's other values would be noise
+            return Verdict(operation, role, "attention", derivable=True, least_bits=DERIVED_BITS)
         return Verdict(operation, role, "attention", spec, derivable=True, least_bits=least_bits)
 
     def _reduced(self, tensor: Tensor, operation: str, role: str, call: Call) -> Verdict | None:
@@ -293,6 +311,8 @@ class Identifier:
             return Verdict(operation, role, "attention", codecs.attention, derivable=True, least_bits=least_bits)
         if (statistic := self._statistic(tensor, operation, role, call)) is not None:
             return statistic
+        if operation in ops.PRODUCTS and _is_filled(tensor):
+            return Verdict(operation, role, "exact")
         if not tensor.requires_grad:
             # Without grad and passed in: a constant, or features of frozen layers. Only what a linear operation
             # multiplies by its weight is worth rounding, and only when the step's inputs are known not to be it.
@@ -310,7 +330,10 @@ class Identifier:
             return verdict._replace(spec=codecs.relu, is_output=True, bit=_is_on)
         if operation == "batch_norm" and role == "input":
             return verdict._replace(signed=codecs.signed)
-        return verdict._replace(is_output=role == "result")
+        if operation in ops.ROW_NORMS and role == "input" and codecs.within_rows and codecs.general is not None:
+            return verdict._replace(spec=within_rows(codecs.general, tensor.shape[-1]))
+        is_output = role == "result"
+        return verdict._replace(is_output=is_output, waits=is_output and operation in ops.OWN_DERIVATIVE)
 
     @staticmethod
     def _statistic(tensor: Tensor, operation: str, role: str, call: Call) -> Verdict | None:
@@ -327,17 +350,16 @@ class Identifier:
         return is_weight(tensor) or self.borrowed.owns(tensor)
 
 
-@lru_cache(maxsize=256)
-def _of_derivatives(spec: CodecSpec, bounds: tuple[float, float] | None) -> CodecSpec:
-    """Return the codec for derivatives that is as wide as the codec for any activation."""
-    if bounds is not None:
-        return CodecSpec("fixed", spec.bits, spec.group_size, spec.rounding, low=bounds[0], high=bounds[1])
-    # Those of an activation lie around 1/2: without their mean a rotated group of gelu_new has half the error.
-    return replace(spec, centre=True) if spec.codec == "rotated" else spec
-
-
 def _bits(spec: CodecSpec | None) -> int:
     return EXACT_BITS if spec is None else spec.bits
+
+
+def _is_filled(tensor: Tensor) -> bool:
+    """Whether somebody has put a number in place of some elements, most probably -1e9: a group's others would be noise.
+
+    Scores that are masked and then multiplied by a learned temperature.
+    """
+    return tensor.grad_fn is not None and tensor.grad_fn.name() in _FILLED
 
 
 def _is_on(output: Tensor) -> Tensor:

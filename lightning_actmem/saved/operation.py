@@ -31,6 +31,10 @@ ACTIVATIONS = frozenset(
     "gelu silu mish softplus tanh sigmoid elu selu celu hardswish log_sigmoid glu softsign tanhshrink".split()
 )
 NORMS = frozenset("batch_norm layer_norm group_norm instance_norm rms_norm local_response_norm".split())
+#: Differentiated by their result y alone: y (1 - y), 1 - y^2, y.
+OWN_DERIVATIVE = frozenset("sigmoid tanh exp".split())
+#: Norm the rows of the last dimension, or of some.
+ROW_NORMS = frozenset("layer_norm rms_norm".split())
 POOLS = frozenset(
     f"{kind}_pool{d}d{suffix}"
     for kind in ("max", "avg", "adaptive_max", "adaptive_avg")

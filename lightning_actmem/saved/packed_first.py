@@ -9,13 +9,11 @@ from torch import Tensor
 from lightning_actmem_kernels import CodecSpec, Layout, decode
 
 from .ledger import Charge, Ledger, SiteBytes
+from .operation import OWN_DERIVATIVE
 from .payload import EXACT_BITS, DecodeCache, Payload
 
 if TYPE_CHECKING:
     from .handle import Kept
-
-# Differentiated by their result y alone: y (1 - y), 1 - y^2, y.
-_OWN_DERIVATIVE = frozenset("sigmoid tanh exp".split())
 
 
 class PackedFirst(Payload):
@@ -97,7 +95,7 @@ class PackedFirst(Payload):
         is the same y: rounded, it made the gradient of a binary cross-entropy hundreds of times too large.
         """
         row = self.row
-        if row is None or row.site.role != "result" or row.site.operation not in _OWN_DERIVATIVE:
+        if row is None or row.site.role != "result" or row.site.operation not in OWN_DERIVATIVE:
             return
         if self._exact is not None or not kept.has(self.version, self.dtype):
             return

@@ -13,6 +13,7 @@ from torch import UntypedStorage
 from .geometry import Geometry, extent
 from .handle import Handle, Kept, Packed, PackedCompact, Reshaped
 from .ledger import Charge
+from .own_derivative import OwnDerivative
 from .packed_first import PackedFirst
 from .payload import AnyPayload
 
@@ -91,7 +92,7 @@ class StoredStorage:
             self._kept = ref(handle)
         for segment in self._segments:
             payload = segment.payload()
-            if isinstance(payload, PackedFirst):
+            if isinstance(payload, (PackedFirst, OwnDerivative)):
                 payload.give_way(handle)
 
     def add_packed(self, handle: PackedFirst) -> None:

@@ -17,12 +17,14 @@ from .batch_norm import signs_behind
 from .declared import Declared
 from .deferred import Deferrals, Deferred
 from .derived import Derived
+from .extent import code_bytes, fills, has_rows
 from .geometry import Geometry
 from .handle import Handle, Kept, Packed, PoolIndices, Stand
 from .identify import MASK, POSITIONS, Verdict
 from .kept_first import KeptFirst
 from .ledger import Charge, Ledger, SiteBytes
 from .offload import Offload
+from .own_derivative import OwnDerivative, OwnDerivatives
 from .packed_first import PackedFirst
 from .parcel import Movable
 from .payload import AnyPayload, DecodeCache, Payload
@@ -71,6 +73,7 @@ class Store:
         self.offload: Offload | None = None
         self._borrowed_seen: set[int] = set()
         self._waiting = Waiting()
+        self.own_derivatives = OwnDerivatives()
         self._noise = 0
         self._encodes_at_once = False  # nobody has a say, beside the verdict
 
@@ -90,10 +93,12 @@ class Store:
         try:
             self.deferred.settle(everything=True)
             self._waiting.settle()
+            self.own_derivatives.settle()
             if self.offload is not None:
                 self.offload.end_step()
         finally:
             self.deferred.waiting = []  # who is still waiting is encoded when backward asks
+            self.own_derivatives.clear()
             self.shared.clear()
 
     def share(self, handle: Handle, verdict: Verdict) -> Handle:
@@ -122,12 +127,12 @@ class Store:
     def put_first(self, tensor: Tensor, storage: UntypedStorage, verdict: Verdict) -> Handle:
         """Store a tensor of whose storage nothing is known yet."""
         nbytes, spec = storage.nbytes(), verdict.spec
-        if spec is not None and self._encodes_at_once and verdict.signed is None:
+        if spec is not None and self._encodes_at_once and verdict.signed is None and not verdict.waits:
             layout = Layout.of(tensor)
-            code_bytes = _code_bytes(spec, layout, tensor, nbytes)
-            if code_bytes is not None and layout is not None and layout.dense:
+            nbytes_of_code = code_bytes(spec, layout, tensor, nbytes)
+            if nbytes_of_code is not None and layout is not None and layout.dense:
                 place = self._scope.stack[-1].next_place(verdict.operation, verdict.role)
-                return self._encode_first(tensor, storage, verdict.kind, place, spec, layout, code_bytes)
+                return self._encode_first(tensor, storage, verdict.kind, place, spec, layout, nbytes_of_code)
         if spec is not None or nbytes >= _CLONE_FACTOR * tensor.nbytes:
             return self.put(tensor, storage, verdict)
         handle = KeptFirst(tensor, verdict.versioned, self._ledger, nbytes)
@@ -153,28 +158,30 @@ class Store:
         if default is not None and not default.lossless:
             if self.plan and not verdict.pinned:
                 spec = self.plan.get(site, spec)
-            if self.watch and layout is not None and _code_bytes(default, layout, tensor, nbytes) is not None:
+            if self.watch and layout is not None and code_bytes(default, layout, tensor, nbytes) is not None:
                 payload = self.watch.put(tensor, layout, site, verdict, spec)
-                if isinstance(payload, ProbePayload) and verdict.signed is not None and _fills(tensor, layout):
+                if isinstance(payload, ProbePayload) and verdict.signed is not None and fills(tensor, layout):
                     payload.wait(None if self.keeps_width or site in self.plan else verdict.signed)
                     self._waiting.add(payload)
                 if payload is not None:
                     return self.shared[storage].add(Geometry.of(tensor), layout, payload)
         if spec is None and verdict.versioned and nbytes >= _CLONE_FACTOR * tensor.nbytes:
             spec = IDENTITY
-        code_bytes = _code_bytes(spec, layout, tensor, nbytes)
-        if layout is None or spec is None or code_bytes is None:
+        nbytes_of_code = code_bytes(spec, layout, tensor, nbytes)
+        if layout is None or spec is None or nbytes_of_code is None:
             return self._keep(tensor, storage, verdict, site)
-        if verdict.signed is not None and may_fold(spec) and _fills(tensor, layout):
+        if verdict.signed is not None and may_fold(spec) and fills(tensor, layout):
             behind = spec if self.keeps_width or site in self.plan else verdict.signed
             return self._wait_for_relu(tensor, self.shared[storage], verdict, site, (spec, behind), layout)
+        if verdict.waits and not spec.lossless and tensor.grad_fn is not None and fills(tensor, layout):
+            return self._wait_for_loss(tensor, self.shared[storage], verdict, site, spec, layout)
         if (
             layout.dense
             and verdict.kind != "copy"
             and not (self.offload or self.split)
             and self.shared.is_first(storage)
         ):
-            return self._encode_first(tensor, storage, verdict.kind, site, spec, layout, code_bytes)
+            return self._encode_first(tensor, storage, verdict.kind, site, spec, layout, nbytes_of_code)
         return self._encode(tensor, self.shared[storage], verdict, site, spec, layout)
 
     def put_declared(self, tensor: Tensor, verdict: Verdict, declared: Declared) -> Kept | Deferred:
@@ -183,7 +190,7 @@ class Store:
         if spec is not None and not spec.lossless and not verdict.pinned:
             spec = self.plan.get(site, spec)
         elements = declared.raw_bytes // tensor.element_size()
-        fits = _code_bytes(spec, layout, tensor, tensor.untyped_storage().nbytes()) is not None
+        fits = code_bytes(spec, layout, tensor, tensor.untyped_storage().nbytes()) is not None
         if layout is None or spec is None or not fits:
             held = Charge(self._ledger, saved_bytes=tensor.untyped_storage().nbytes())
             self._ledger.record(site, verdict.kind, "exact", declared.raw_bytes, held.saved_bytes, elements)
@@ -285,7 +292,9 @@ class Store:
     ) -> Handle:
         """Encode the first tensor of a storage, as most are: with one object for all that is noted of it."""
         key, ledger, nbytes = self._sites.noise_key(place, self._noise), self._ledger, storage.nbytes()
-        tensors = self._timed_encode(layout.flatten(tensor), spec, key)
+        # As `Layout.flatten` does it, but without a detached alias, which is half of its work: nothing keeps `flat`.
+        flat = tensor.as_strided((layout.numel,), (1,))
+        tensors = self._timed_encode(flat, spec, key)
         handle = PackedFirst(tensors, spec, tensor, layout, key, self._backend, self.cache, ledger, saved_bytes, nbytes)
         self.shared.add_packed(storage, handle)
         handle.row = ledger.record(place, kind, spec.label, nbytes, saved_bytes, nbytes // tensor.element_size())
@@ -298,7 +307,7 @@ class Store:
         if verdict.kind != "copy":  # made for a recipe: plain autograd would not keep it
             raw, raw_bytes = self._raw_charge(tensor.untyped_storage(), entry)
         flat, parts = layout.flatten(tensor), None
-        if self.split is not None and verdict.kind == "packed" and _has_rows(tensor, layout):
+        if self.split is not None and verdict.kind == "packed" and has_rows(tensor, layout):
             parts = self.split(flat, spec, layout.size, lambda dtype: self._payload(site, dtype, raw))
         payload, saved_bytes = parts or self._payload(site, tensor.dtype, raw)(flat, spec)
         elements = raw_bytes // tensor.element_size()
@@ -322,6 +331,19 @@ class Store:
         undecided = Undecided(tensor, layout, specs, encode, partial(_enter, row, row.step), held, self.cache)
         self._waiting.add(undecided)
         return entry.add(Geometry.of(tensor), layout, undecided)
+
+    def _wait_for_loss(
+        self, tensor: Tensor, entry: StoredStorage, verdict: Verdict, site: Site, spec: CodecSpec, layout: Layout
+    ) -> Handle:
+        """Keep a tensor for a while: until it is known whether something divides by what follows from it."""
+        raw, raw_bytes = self._raw_charge(tensor.untyped_storage(), entry)
+        row = self._ledger.record(site, verdict.kind, spec.label, raw_bytes, 0, raw_bytes // tensor.element_size())
+        encode = self._payload(site, tensor.dtype, raw)
+        enter = partial(_enter, row, row.step)
+        waiting = OwnDerivative(tensor, layout, spec, encode, enter, self._ledger, self.cache)
+        handle = entry.add(Geometry.of(tensor), layout, waiting)
+        self.own_derivatives.add(waiting, tensor.grad_fn)
+        return handle
 
     def _payload(self, site: Site, dtype: torch.dtype, raw: Charge | None) -> Encode:
         """Return what encodes a flat segment of a site, and its bytes: now or later, with the same noise."""
@@ -364,24 +386,6 @@ class Store:
     def _book(self, verdict: Verdict, codec: str, raw_bytes: int = 0, saved_bytes: int = 0, elements: int = 0) -> None:
         place = self._scope.stack[-1].next_place(verdict.operation, verdict.role)
         self._ledger.record(place, verdict.kind, codec, raw_bytes, saved_bytes, elements)
-
-
-def _fills(tensor: Tensor, layout: Layout) -> bool:
-    """Whether a tensor is all of its storage."""
-    return layout.dense and tensor.untyped_storage().nbytes() == tensor.nbytes
-
-
-def _has_rows(tensor: Tensor, layout: Layout) -> bool:
-    """Whether memory holds what the first dimension counts one behind the other."""
-    return bool(layout.size) and layout.dense and tensor.stride(0) * layout.size[0] == layout.numel
-
-
-def _code_bytes(spec: CodecSpec | None, layout: Layout | None, tensor: Tensor, nbytes: int) -> int | None:
-    """Bytes of a tensor's code; ``None`` where it has none, or one that takes no less than the storage's ``nbytes``."""
-    if spec is None or layout is None:
-        return None
-    code_bytes = spec.stored_bytes(layout.numel, tensor.dtype)
-    return code_bytes if code_bytes < nbytes or spec.codec == "identity" else None
 
 
 def _enter(row: SiteBytes, step: int, spec: CodecSpec, saved_bytes: int) -> None:

@@ -65,13 +65,13 @@ class Recast:
         tensor: The cast, or a view of it.
     """
 
-    __slots__ = ("__weakref__", "_geometry", "_parameter", "_version")
+    __slots__ = ("__weakref__", "_geometry", "_version", "parameter")
 
     depth = 0
     bits = EXACT_BITS
 
     def __init__(self, parameter: nn.Parameter, tensor: Tensor) -> None:
-        self._parameter = parameter
+        self.parameter = parameter
         self._version = parameter._version
         self._geometry = Geometry.of(tensor)
 
@@ -82,7 +82,7 @@ class Recast:
             RuntimeError: If the weight has been modified since.
             ActMemError: If the weight's memory is not there.
         """
-        parameter, geometry = self._parameter, self._geometry
+        parameter, geometry = self.parameter, self._geometry
         if parameter._version != self._version:
             raise RuntimeError(
                 f"a weight of shape {list(parameter.shape)} has been modified by an inplace operation (an optimizer's "

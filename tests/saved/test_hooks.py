@@ -327,7 +327,7 @@ def stored_tensors(held: Any) -> Iterator[Tensor]:
         for item in held:
             yield from stored_tensors(item)
     else:
-        for name in ("payload", "tensors", "mask", "_tensor", "_handle", "_handles"):
+        for name in ("payload", "tensors", "mask", "_tensor", "_handle", "_handles", "_inner"):
             yield from stored_tensors(getattr(held, name, None))
 
 

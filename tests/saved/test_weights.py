@@ -127,3 +127,32 @@ def test_what_is_cast_again(make: Callable[[Tensor], Tensor], weight: bool, agai
         restored = handle.restore()
         assert torch.equal(restored, expected)
         assert (restored.stride(), restored.dtype) == geometry
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["cast by hand", "autocast's own"])
+def test_a_weight_that_changes_between_its_cast_and_its_use(cached: bool) -> None:
+    """The cast has what was there before, and is kept: made again it would have what is there now."""
+    layer, x = nn.Linear(32, 32, bias=False), torch.randn(64, 32, requires_grad=True)
+    before = layer.weight.detach().clone()
+
+    def step() -> Tensor:
+        h = x * 2
+        with torch.autocast("cpu", torch.bfloat16, enabled=cached):
+            if cached:
+                layer(h.detach())  # makes the cast
+            cast = None if cached else layer.weight.bfloat16()
+            with torch.no_grad():
+                layer.weight.mul_(-1.5)
+            return (layer(h) if cast is None else F.linear(h.bfloat16(), cast)).float().square().sum()
+
+    grads = []
+    for engine in (None, ActMemEngine(bits=32, derive=True)):
+        with torch.no_grad():
+            layer.weight.copy_(before)
+        if engine is None:
+            loss = step()
+        else:
+            with engine.compress(layer, inputs=x):
+                loss = step()
+        grads.append(torch.autograd.grad(loss, x)[0])
+    assert torch.equal(*grads)
