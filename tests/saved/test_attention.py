@@ -64,7 +64,8 @@ def test_query_key_and_value_are_all_that_is_stored(arguments: dict[str, Any]) -
     kv_heads = 2 if arguments.get("enable_gqa") else HEADS
     engine = ActMemEngine(bits=2, min_elements=0, group_size=32)
     gradients(inputs(kv_heads=kv_heads), arguments, engine)
-    rows = {site.role: row for site, row in engine.ledger.sites.items() if row.kind == "attention"}
+    # Up to torch 2.8 the checkpoint saves an empty tensor beside them.
+    rows = {site.role: row for site, row in engine.ledger.sites.items() if row.kind == "attention" and row.saved_bytes}
     assert {"query", "key", "value"} <= set(rows) <= {"query", "key", "value", "attn_mask"}
     assert {rows[name].codec for name in ("query", "key", "value")} == {"uniform-8"}
 
@@ -81,14 +82,15 @@ def test_views_of_one_projection_are_told_apart(order: str) -> None:
     engine = ActMemEngine(bits=2, min_elements=0)
     with engine.compress():
         F.scaled_dot_product_attention(given["q"], given["k"], given["v"]).sum().backward()
-    roles = [site.role for site, row in engine.ledger.sites.items() if row.kind == "attention"]
+    roles = [site.role for site, row in engine.ledger.sites.items() if row.kind == "attention" and row.saved_bytes]
     assert sorted(roles) == ["key", "query", "value"]
 
 
 def test_the_floor_of_bits_is_a_setting() -> None:
     engine = ActMemEngine(bits=2, attention_bits=4, min_elements=0)
     gradients(inputs(), {}, engine)
-    assert {row.codec for row in engine.ledger.sites.values() if row.kind == "attention"} == {"uniform-4"}
+    rows = [row for row in engine.ledger.sites.values() if row.kind == "attention" and row.saved_bytes]
+    assert {row.codec for row in rows} == {"uniform-4"}
 
 
 @pytest.mark.parametrize("bits", [2, 8])
