@@ -171,9 +171,7 @@ class Identifier:
         owner = self.borrowed.owner(storage_id)
         if owner is not None:
             return _by_reference(operation, owner, owner)
-        if (
-            forward_ad._current_level >= 0
-        ):  # this may be a tangent, which nothing tells from the tensor that it goes with
+        if forward_ad._current_level >= 0:  # perhaps a tangent: nothing tells it from the tensor that it goes with
             return _by_reference(operation, "operand", "weight" if is_weight(tensor) else "unsupported")
         if self._declared and (declared := self._declared.get(storage_id)) is not None:
             found = self._of_declared(tensor, operation, declared, frame.layer)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field, replace
 
+from lightning_actmem_kernels import CodecSpec
+
 from .site import Site
 from .whereabouts import Whereabouts
 
@@ -81,6 +83,12 @@ class SiteBytes:
     saved_bytes: int = 0
     elements: int = 0
     step: int = -1
+
+    def enter(self, step: int, spec: CodecSpec, saved_bytes: int) -> None:
+        """Book what one of the tensors of a step takes, when it is known late; a later step has the row for itself."""
+        if self.step == step:
+            self.codec = spec.label
+            self.saved_bytes += saved_bytes
 
     def take_back(self, saved_bytes: int, ledger: Ledger) -> None:
         """Unbook bytes that one of the tensors takes no more, unless a later step has the row."""

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from lightning_actmem_kernels import CodecSpec, Layout
 
+from .extent import fills
 from .handle import Kept
 from .ledger import Charge, Ledger
 from .operation import PACKABLE
-from .payload import EXACT_BITS, DecodeCache
+from .payload import EXACT_BITS, DecodeCache, Payload
 from .undecided import Encode, Undecided
 
 _EXACT = CodecSpec("identity")
@@ -37,6 +38,12 @@ def may_divide(operation: str, kind: str) -> bool:
     return operation not in PACKABLE or kind in ("exact", "loss")
 
 
+def may_wait(tensor: Tensor, layout: Layout, spec: CodecSpec) -> bool:
+    """Whether a tensor can be found again from what follows, is all of its memory, and has a code that is smaller."""
+    smaller = spec.stored_bytes(layout.numel, tensor.dtype) < tensor.nbytes
+    return tensor.grad_fn is not None and fills(tensor, layout) and smaller
+
+
 class OwnDerivative(Undecided):
     """Stands for a payload that is encoded later, or not at all.
 
@@ -44,7 +51,7 @@ class OwnDerivative(Undecided):
         tensor: What autograd saves; it fills its memory.
         layout: Its layout.
         spec: The codec.
-        encode: Encodes a flat segment; returns the payload and its bytes.
+        encode: Encodes a flat segment; returns the payload and its bytes, of which a probe's has none.
         settled: Takes the codec and the bytes when they are known, and again what they change by.
         ledger: Where the bytes are booked.
         cache: Remembers the last decoded segments.
@@ -87,7 +94,8 @@ class OwnDerivative(Undecided):
         """Let go of the code, or of waiting for it, where somebody keeps the tensor itself."""
         if self._exact is not None or not kept.has(self._version, self._dtype):
             return
-        code_bytes = 0 if self._inner is None else self._specs[0].stored_bytes(self.numel, self._dtype)
+        # What a probe holds instead is not booked by site.
+        code_bytes = self._specs[0].stored_bytes(self.numel, self._dtype) if isinstance(self._inner, Payload) else 0
         self._settled(_EXACT, -code_bytes)
         self._exact, self.bits = kept, EXACT_BITS
         self._kept = self._held = self._inner = None

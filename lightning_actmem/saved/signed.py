@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_actmem_kernels import Layout
 
 from .handle import Handle
-from .payload import Payload
+from .payload import AnyPayload
 
 # Beyond it the sign hardly ever changes within a channel. Without a limit a channel of weight 0 would be at infinity.
 _LARGEST_OFFSET = 3.0
@@ -84,7 +84,7 @@ class Signed:
 
     __slots__ = ("_layout", "_payload", "_sign")
 
-    def __init__(self, payload: Payload, sign: Sign, layout: Layout) -> None:
+    def __init__(self, payload: AnyPayload, sign: Sign, layout: Layout) -> None:
         self._payload = payload
         self._sign = sign
         self._layout = layout

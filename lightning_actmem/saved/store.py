@@ -22,9 +22,9 @@ from .geometry import Geometry
 from .handle import Handle, Kept, Packed, PoolIndices, Stand
 from .identify import MASK, POSITIONS, Verdict
 from .kept_first import KeptFirst
-from .ledger import Charge, Ledger, SiteBytes
+from .ledger import Charge, Ledger
 from .offload import Offload
-from .own_derivative import OwnDerivative, OwnDerivatives
+from .own_derivative import OwnDerivative, OwnDerivatives, may_wait
 from .packed_first import PackedFirst
 from .parcel import Movable
 from .payload import AnyPayload, DecodeCache, Payload
@@ -158,6 +158,8 @@ class Store:
         if default is not None and not default.lossless:
             if self.plan and not verdict.pinned:
                 spec = self.plan.get(site, spec)
+            if verdict.waits and layout is not None and spec is not None and may_wait(tensor, layout, spec):
+                return self._wait_for_loss(tensor, self.shared[storage], verdict, site, spec, layout)
             if self.watch and layout is not None and code_bytes(default, layout, tensor, nbytes) is not None:
                 payload = self.watch.put(tensor, layout, site, verdict, spec)
                 if isinstance(payload, ProbePayload) and verdict.signed is not None and fills(tensor, layout):
@@ -173,8 +175,6 @@ class Store:
         if verdict.signed is not None and may_fold(spec) and fills(tensor, layout):
             behind = spec if self.keeps_width or site in self.plan else verdict.signed
             return self._wait_for_relu(tensor, self.shared[storage], verdict, site, (spec, behind), layout)
-        if verdict.waits and not spec.lossless and tensor.grad_fn is not None and fills(tensor, layout):
-            return self._wait_for_loss(tensor, self.shared[storage], verdict, site, spec, layout)
         if (
             layout.dense
             and verdict.kind != "copy"
@@ -198,7 +198,7 @@ class Store:
         row = self._ledger.record(site, verdict.kind, spec.label, declared.raw_bytes, 0, elements)
         stream = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
         verdict = verdict._replace(declared=None)  # which holds the result, and so the node that holds the handle
-        enter = partial(_enter, row, row.step)
+        enter = partial(row.enter, row.step)
         encode = partial(self._encode_late, tensor, verdict, site, enter, spec, layout, stream)
         handle = Deferred(encode, declared.charges, Charge(self._ledger, waiting_bytes=tensor.nbytes))
         if declared.result is None:
@@ -292,7 +292,7 @@ class Store:
     ) -> Handle:
         """Encode the first tensor of a storage, as most are: with one object for all that is noted of it."""
         key, ledger, nbytes = self._sites.noise_key(place, self._noise), self._ledger, storage.nbytes()
-        # As `Layout.flatten` does it, but without a detached alias, which is half of its work: nothing keeps `flat`.
+        # As `Layout.flatten` does it, but without a detached alias, one operation of torch less: nothing keeps `flat`.
         flat = tensor.as_strided((layout.numel,), (1,))
         tensors = self._timed_encode(flat, spec, key)
         handle = PackedFirst(tensors, spec, tensor, layout, key, self._backend, self.cache, ledger, saved_bytes, nbytes)
@@ -328,18 +328,26 @@ class Store:
         encode = self._payload(site, tensor.dtype, raw)
         held = Charge(self._ledger, waiting_bytes=tensor.nbytes)
         row = self._ledger.record(site, verdict.kind, specs[0].label, raw_bytes, 0, raw_bytes // tensor.element_size())
-        undecided = Undecided(tensor, layout, specs, encode, partial(_enter, row, row.step), held, self.cache)
+        undecided = Undecided(tensor, layout, specs, encode, partial(row.enter, row.step), held, self.cache)
         self._waiting.add(undecided)
         return entry.add(Geometry.of(tensor), layout, undecided)
 
     def _wait_for_loss(
         self, tensor: Tensor, entry: StoredStorage, verdict: Verdict, site: Site, spec: CodecSpec, layout: Layout
     ) -> Handle:
-        """Keep a tensor for a while: until it is known whether something divides by what follows from it."""
+        """Keep a tensor for a while: until it is known whether something divides by what follows from it.
+
+        Who watches hears of it only then: what stays exact is not measured as if it were rounded, nor counted so.
+        """
         raw, raw_bytes = self._raw_charge(tensor.untyped_storage(), entry)
         row = self._ledger.record(site, verdict.kind, spec.label, raw_bytes, 0, raw_bytes // tensor.element_size())
-        encode = self._payload(site, tensor.dtype, raw)
-        enter = partial(_enter, row, row.step)
+        unwatched, watch = self._payload(site, tensor.dtype, raw), self.watch
+
+        def encode(flat: Tensor, spec: CodecSpec) -> tuple[AnyPayload, int]:
+            given = None if watch is None else watch.put(layout.unflatten(flat), layout, site, verdict, spec)
+            return unwatched(flat, spec) if given is None else (given, 0)
+
+        enter = partial(row.enter, row.step)
         waiting = OwnDerivative(tensor, layout, spec, encode, enter, self._ledger, self.cache)
         handle = entry.add(Geometry.of(tensor), layout, waiting)
         self.own_derivatives.add(waiting, tensor.grad_fn)
@@ -386,10 +394,3 @@ class Store:
     def _book(self, verdict: Verdict, codec: str, raw_bytes: int = 0, saved_bytes: int = 0, elements: int = 0) -> None:
         place = self._scope.stack[-1].next_place(verdict.operation, verdict.role)
         self._ledger.record(place, verdict.kind, codec, raw_bytes, saved_bytes, elements)
-
-
-def _enter(row: SiteBytes, step: int, spec: CodecSpec, saved_bytes: int) -> None:
-    """Book what is encoded late; a later step has the row for itself."""
-    if row.step == step:
-        row.codec = spec.label
-        row.saved_bytes += saved_bytes

@@ -14,13 +14,13 @@ from lightning_actmem_kernels import CodecSpec, Layout
 
 from .handle import Handle, Kept, Packed
 from .ledger import Charge
-from .payload import DecodeCache, Payload
+from .payload import AnyPayload, DecodeCache
 from .probe import ProbePayload
 from .signed import Sign, Signed
 
 # The shortcut and the body of a residual block end in a batch norm each, and one ReLU follows their sum.
 _WAITING = 2
-Encode = Callable[[Tensor, CodecSpec], tuple[Payload, int]]
+Encode = Callable[[Tensor, CodecSpec], tuple[AnyPayload, int]]
 
 
 class Undecided:
@@ -71,7 +71,7 @@ class Undecided:
         self._settled = settled
         self._held: Charge | None = held
         self._stream = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
-        self._inner: Payload | Signed | None = None
+        self._inner: AnyPayload | Signed | None = None
         self.bits = specs[0].bits
         self.cache = cache
         self.numel = layout.numel
